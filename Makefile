@@ -1,0 +1,51 @@
+# make demo       train TC² on real images and write report.html
+# make test       the whole test suite
+# make lint       ruff and mypy
+# make gpu-check  the CUDA tests and a short CUDA run
+#
+# Everything runs in $(VENV), which is made on first use and reinstalled only when setup.cfg or pyproject.toml change.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+# One thread per process: the suite runs in WORKERS processes side by side.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: help demo test lint gpu-check
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+demo: $(VENV)/installed
+	$(VENV)/bin/metacal demo
+
+test: $(VENV)/installed-test
+	$(PYTEST)
+
+lint: $(VENV)/installed-lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+gpu-check: $(VENV)/installed-test
+	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  set -ex; $(VENV)/bin/python -m pytest -m cuda; $(VENV)/bin/metacal demo --device cuda; \
+	else \
+	  echo "gpu-check: no CUDA device here, nothing was checked."; \
+	fi
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "metacal needs Python 3.10 - 3.13; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+# installed-EXTRA: the package with that extra of setup.cfg.
+$(VENV)/installed-%: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@

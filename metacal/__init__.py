@@ -1,0 +1,32 @@
+"""Differentiate through training: bi-level optimisation and task conflict calibration on torch.func and torchopt."""
+
+from metacal import adjoints as adjoints
+from metacal import linear as linear
+from metacal import objectives as objectives
+from metacal import optim as optim
+from metacal import tree as tree
+from metacal._typing import Objective as Objective
+from metacal.adjoints import Adjoint as Adjoint
+from metacal.adjoints import Cotangents as Cotangents
+from metacal.bilevel import BilevelOptimizer as BilevelOptimizer
+from metacal.bilevel import BilevelState as BilevelState
+from metacal.bilevel import iterate as iterate
+from metacal.bilevel import meta_initialisation as meta_initialisation
+from metacal.bilevel import nested as nested
+from metacal.estimate import HyperGradient as HyperGradient
+from metacal.estimate import hypergradient as hypergradient
+from metacal.estimate import solve as solve
+from metacal.inner import Descent as Descent
+from metacal.inner import InnerSolver as InnerSolver
+from metacal.inner import InnerState as InnerState
+from metacal.inner import descent as descent
+from metacal.inner import fixed_point as fixed_point
+from metacal.inner import microbatched as microbatched
+from metacal.inner import proximal as proximal
+from metacal.inner import repeat as repeat
+from metacal.inner import run as run
+from metacal.inner import stationary as stationary
+from metacal.inner import take as take
+from metacal.inner import with_aux as with_aux
+from metacal.modules import Functional as Functional
+from metacal.modules import functional as functional

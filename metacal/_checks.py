@@ -1,0 +1,92 @@
+"""Checks of what users hand in: each message names the argument, what was expected, what came and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metacal import tree
+from metacal._typing import Tree
+
+
+def same_structure(name: str, got: Tree, like_name: str, like: Tree) -> None:
+    """Raises ValueError naming the first path at which two trees differ in structure or shape."""
+    for path, wanted in zip_longest(tree.paths(got), tree.paths(like)):
+        if path != wanted:
+            raise ValueError(
+                f"`{name}` should have the structure of `{like_name}`; they first differ at "
+                f"'{path if path is not None else '(nothing)'}' where `{like_name}` has "
+                f"'{wanted if wanted is not None else '(nothing)'}'."
+            )
+    for path, a, b in zip(tree.paths(got), tree.leaves(got), tree.leaves(like), strict=True):
+        if a.shape != b.shape:
+            raise ValueError(
+                f"`{name}` should have the shapes of `{like_name}`; at '{path}' it has {tuple(a.shape)} where "
+                f"`{like_name}` has {tuple(b.shape)}."
+            )
+
+
+def differentiable_tree(name: str, value: Tree) -> None:
+    """Raises TypeError unless every leaf is a floating-point tensor."""
+    for path, leaf in zip(tree.paths(value), tree.leaves(value), strict=True):
+        where = f"`{name}`" + (f" at '{path}'" if path else "")
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{where} should be a tensor, got {type(leaf).__name__}. Wrap numbers: torch.tensor({leaf!r}); for an nn.Module "
+                "use metacal.functional(module).params."
+            )
+        if not tree.is_floating(leaf):
+            raise TypeError(
+                f"{where} should be floating point to be differentiated, got {leaf.dtype}. Keep integers in the batch or in "
+                "`carry`, or convert with .float()."
+            )
+
+
+def one_device(**trees: Tree) -> None:
+    """Raises ValueError if the trees' tensors with at least one dimension live on several devices."""
+    first: tuple[str, torch.device] | None = None
+    for name, value in trees.items():
+        for path, leaf in zip(tree.paths(value), tree.leaves(value), strict=True):
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0:  # torch mixes 0-dim CPU tensors with any device
+                continue
+            here = f"`{name}`" + (f" at '{path}'" if path else "")
+            if first is None:
+                first = (here, leaf.device)
+            elif leaf.device != first[1]:
+                raise ValueError(
+                    f"All tensors should be on one device: {first[0]} is on {first[1]}, {here} is on {leaf.device}. "
+                    "Move them with metacal.tree.to(tree, device)."
+                )
+
+
+def batches(value: Any) -> None:
+    """Raises TypeError unless ``value`` can be read again: a sequence."""
+    if isinstance(value, Sequence) or (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        if isinstance(value, (Tensor, dict, str)):
+            raise TypeError(
+                f"`batches` should be a sequence with one batch per step, got a {type(value).__name__}. For one step pass "
+                "[batch]; for n steps on the same batch pass metacal.repeat(batch, n)."
+            )
+        return
+    raise TypeError(
+        "`batches` should be a sequence: it is read again when steps are recomputed. Got a "
+        f"{type(value).__name__}; pass list(batches), or metacal.take(loader, n) for a DataLoader."
+    )
+
+
+def scalar(name: str, value: Any) -> Tensor:
+    """Returns ``value`` if it is a scalar tensor, else raises."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"`{name}` should return a scalar tensor, got {type(value).__name__}. To return logs beside the loss, wrap it: "
+            "metacal.with_aux(objective)."
+        )
+    if value.numel() != 1:
+        raise ValueError(
+            f"`{name}` should return a scalar, got a tensor of shape {tuple(value.shape)}. Reduce it: .mean() or .sum()."
+        )
+    return value.reshape(())

@@ -1,0 +1,57 @@
+"""torch's default random generators as values: remembered before a step, put back when the step is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metacal import tree
+from metacal._typing import Tree
+
+
+class Noise(NamedTuple):
+    """The states of the default generators that a computation on ``devices`` can draw from."""
+
+    cpu: Tensor
+    cuda: dict[int, Tensor]
+
+
+def noise(*trees: Tree) -> Noise:
+    """The present state of the CPU generator and of those of the CUDA devices on which the trees live."""
+    devices = {leaf.device for leaf in tree.leaves(trees) if isinstance(leaf, Tensor) and leaf.is_cuda}
+    indices = {torch.cuda.current_device() if d.index is None else d.index for d in devices}
+    return Noise(torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in sorted(indices)})
+
+
+def same_or(previous: Noise | None, now: Noise) -> Noise:
+    """``previous`` if nothing was drawn since (so that steps without noise share one copy), else ``now``."""
+    if previous is None or previous.cuda.keys() != now.cuda.keys():
+        return now
+    unchanged = _equal(previous.cpu, now.cpu) and all(_equal(previous.cuda[i], now.cuda[i]) for i in now.cuda)
+    return previous if unchanged else now
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    # Generator states are host bytes; compared through numpy so that no torch.func transform or counter sees it.
+    return bool((a.numpy() == b.numpy()).all())
+
+
+def restore(state: Noise) -> None:
+    """Puts the generators back into ``state``."""
+    torch.set_rng_state(state.cpu)
+    for i, cuda in state.cuda.items():
+        torch.cuda.set_rng_state(cuda, i)
+
+
+@contextmanager
+def preserved(*trees: Tree) -> Iterator[None]:
+    """Whatever is drawn inside, the generators are afterwards as they were before."""
+    before = noise(*trees)
+    try:
+        yield
+    finally:
+        restore(before)

@@ -1,0 +1,50 @@
+"""What an adjoint is: a substitute, exact or approximate, for ``torch.func.vjp`` of the inner run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from metacal._typing import Tree
+from metacal.inner import InnerSolver, InnerState
+
+
+class Cotangents(NamedTuple):
+    """What a pullback returns.
+
+    Attributes:
+        params: cotangent of the initial params; ``()`` where the method does not estimate it.
+        hparams: cotangent of the hparams (the indirect part of a hypergradient).
+        stats: 0-dim tensors that say how far the number can be trusted.
+        memory: what a warm-started linear solve wants back next time; ``()`` where there is none.
+    """
+
+    params: Tree
+    hparams: Tree
+    stats: dict[str, Tensor]
+    memory: Tree = ()
+
+
+Pullback = Callable[[Tree], Cotangents]
+
+
+class Adjoint(ABC):
+    """Differentiates the run of an inner solver."""
+
+    @abstractmethod
+    def vjp(
+        self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
+    ) -> tuple[InnerState, Pullback]:
+        """Runs the solver; returns its final state and the pullback of ``(params, hparams) -> final params``."""
+
+    def jvp(
+        self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], d_params: Tree, d_hparams: Tree
+    ) -> Tree:
+        """The tangent of the final params: needed only when a ``solve`` is differentiated in forward mode."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward-mode rule, which a `solve` inside an inner objective needs in mixed mode. "
+            "Use Unrolled(mode='reverse') at the level above, or give the adjoint a `jvp`."
+        )

@@ -1,0 +1,205 @@
+"""The equation F(w, h) = 0 that a solution satisfies, its linear systems and its root, each differentiable in every order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from metacal import _random, linear, operators, tree
+from metacal._typing import Tree
+from metacal.inner import InnerSolver
+
+
+class Theta(NamedTuple):
+    """Everything that F and its derivatives depend on."""
+
+    params: Tree
+    hparams: Tree
+    carry: Tree
+    batches: Sequence[Tree]
+
+
+@dataclass(frozen=True)
+class Equation:
+    """F is the residual of an inner solver, the mean over ``theta.batches``, with one realisation of noise throughout."""
+
+    inner: InnerSolver
+    operator: linear.Operator
+    damping: float | Tensor
+    noise: _random.Noise
+
+    def residual(self, theta: Theta) -> Tree:
+        """F(w, h)."""
+        _random.restore(self.noise)
+        return tree.mean([self.inner.residual(theta.params, theta.hparams, b) for b in theta.batches])
+
+    def transposed(self, theta: Theta) -> linear.Matvec:
+        """``v -> (F_w^T + damping I) v``."""
+        if isinstance(self.operator, linear.Hessian):
+            return self._damped(lambda v: self._hessian(theta, v))
+        pull = torch.func.vjp(lambda w: self.residual(theta._replace(params=w)), theta.params)[1]
+        return self._damped(lambda v: pull(v)[0])
+
+    def direct(self, theta: Theta) -> linear.Matvec:
+        """``v -> (F_w + damping I) v``."""
+        if isinstance(self.operator, linear.Hessian):
+            return self.transposed(theta)  # symmetric
+        return self._damped(lambda v: torch.func.jvp(lambda w: self.residual(theta._replace(params=w)), (theta.params,), (v,))[1])
+
+    def pull_hparams(self, theta: Theta, v: Tree) -> Tree:
+        """``F_h^T v``."""
+        if isinstance(self.operator, linear.Hessian):
+            assert self.inner.descent is not None
+            _random.restore(self.noise)
+            products = self.inner.descent.products
+            return tree.mean([products(theta.params, theta.hparams, b, theta.carry, v)[1] for b in theta.batches])
+        return torch.func.vjp(lambda h: self.residual(theta._replace(hparams=h)), theta.hparams)[1](v)[0]
+
+    def _hessian(self, theta: Theta, v: Tree) -> Tree:
+        assert self.inner.descent is not None
+        _random.restore(self.noise)
+        loss = self.inner.descent.objective
+        return tree.mean([operators.hessian_product(loss, theta.params, theta.hparams, b, theta.carry, v) for b in theta.batches])
+
+    def _damped(self, product: linear.Matvec) -> linear.Matvec:
+        if not isinstance(self.damping, Tensor) and self.damping == 0:
+            return product
+        return lambda v: tree.axpy(self.damping, v, product(v))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the autograd Functions below carry beside their tensors."""
+
+    solver: linear.LinearSolver
+    equation: Equation
+    combine: Callable[[Sequence[Tensor]], Any]  # the flat tensors -> the arguments
+    transpose: bool = True
+
+    def matvec(self, theta: Theta) -> linear.Matvec:
+        return self.equation.transposed(theta) if self.transpose else self.equation.direct(theta)
+
+
+def solve_linear(
+    solver: linear.LinearSolver, equation: Equation, theta: Theta, b: Tree, x0: Tree | None = None, *, transpose: bool = True
+) -> linear.LinearSolution:
+    """Solves ``A v = b`` with A = F_w^T + damping I (or its transpose).
+
+    Where somebody may differentiate it, by ``dv = A^-1 (db - dA v)`` and not through the iterations of the solver: those
+    stop at a solution of this A only.
+    """
+    call = _Call(solver, equation, tuple, transpose)
+    if solver.polynomial or not operators.attached(theta, b):
+        return solver.solve(call.matvec(theta), b, x0)
+    flat, combine = tree.partition((theta, b, x0), tree.is_tensor)
+    *v, residual_norm, num_products = _LinearSolve.apply(_Call(solver, equation, combine, transpose), *flat)
+    return linear.LinearSolution(tree.unflatten(tree.structure(b), v), residual_norm, num_products)
+
+
+class _LinearSolve(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _Call, *flat: Tensor) -> tuple[Tensor, ...]:
+        theta, b, x0 = call.combine(flat)
+        solution = call.solver.solve(call.matvec(theta), b, x0)
+        return (*tree.leaves(solution.value), solution.residual_norm, solution.num_products)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[-2:])
+        _save(ctx, inputs, output[:-2])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        call, flat, (theta, b, x0), v = _saved(ctx)
+        shape = tree.structure(b)
+        v, ct = tree.unflatten(shape, v), tree.unflatten(shape, list(cotangents[:-2]))
+        # u = A^-T ct; db = u, d theta = -(d(A v)/d theta)^T u
+        u = solve_linear(call.solver, call.equation, theta, ct, transpose=not call.transpose).value
+        floating, combine = tree.partition(theta)
+        d_theta = torch.func.vjp(lambda *xs: call.matvec(combine(xs))(v), *floating)[1](tree.scale(-1.0, u))
+        return None, *_in_place_of(theta, d_theta), *tree.leaves(u), *(None for _ in tree.leaves(x0))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Any, ...]:
+        call, flat, (theta, b, x0), v = _saved(ctx)
+        shape = tree.structure(b)
+        moved = [torch.zeros_like(x) if d is None else d for x, d in zip(flat, tangents, strict=True)]
+        d_theta, d_b, _x0 = call.combine(moved)
+        floating, combine = tree.partition(theta)
+        dA_v = torch.func.jvp(lambda *xs: call.matvec(combine(xs))(tree.unflatten(shape, v)), tuple(floating), tuple(tree.partition(d_theta)[0]))[1]
+        d_v = solve_linear(call.solver, call.equation, theta, tree.sub(d_b, dA_v), transpose=call.transpose).value
+        return (*tree.leaves(d_v), None, None)
+
+
+def root(solver: linear.LinearSolver, equation: Equation, theta: Theta) -> Tree:
+    """``theta.params``, a root of F, as a function of the hparams and the batches (not of the params that were found)."""
+    flat, combine = tree.partition(theta, tree.is_tensor)
+    return tree.unflatten(tree.structure(theta.params), list(_Root.apply(_Call(solver, equation, combine), *flat)))
+
+
+class _Root(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _Call, *flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(leaf.clone() for leaf in tree.leaves(call.combine(flat).params))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        call, flat, found, w = _saved(ctx)
+        # At its own output, so that this backward is again a function of the hparams: dh = -F_h^T F_w^-T ct.
+        theta = found._replace(params=tree.unflatten(tree.structure(found.params), w))
+        ct = tree.unflatten(tree.structure(found.params), list(cotangents))
+        v = solve_linear(call.solver, call.equation, theta, ct).value
+        floating, combine = tree.partition((theta.hparams, theta.batches))
+        rest = torch.func.vjp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), *floating)[1](tree.scale(-1.0, v))
+        d_rest = _in_place_of((theta.hparams, theta.batches), rest)
+        n = len(tree.leaves(theta.hparams))
+        nothing = (None for _ in [*tree.leaves(theta.params), *tree.leaves(theta.carry)])
+        params = [next(nothing) for _ in tree.leaves(theta.params)]
+        return None, *params, *d_rest[:n], *nothing, *d_rest[n:]
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        call, flat, found, w = _saved(ctx)
+        theta = found._replace(params=tree.unflatten(tree.structure(found.params), w))
+        moved = call.combine([torch.zeros_like(x) if d is None else d for x, d in zip(flat, tangents, strict=True)])
+        floating, combine = tree.partition((theta.hparams, theta.batches))
+        d_rest = tree.partition((moved.hparams, moved.batches))[0]
+        # F_w dw + F_h dh = 0
+        dF = torch.func.jvp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), tuple(floating), tuple(d_rest))[1]
+        return tuple(tree.leaves(solve_linear(call.solver, call.equation, theta, tree.scale(-1.0, dF), transpose=False).value))
+
+
+def _with(theta: Theta, rest: tuple[Tree, Sequence[Tree]]) -> Theta:
+    return theta._replace(hparams=rest[0], batches=rest[1])
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.call, *flat = inputs
+    ctx.num_outputs = len(output)
+    ctx.save_for_backward(*output, *flat)
+    ctx.save_for_forward(*output, *flat)
+
+
+def _saved(ctx: Any) -> tuple[_Call, list[Tensor], Any, list[Tensor]]:
+    saved = list(ctx.saved_tensors)
+    outputs, flat = saved[: ctx.num_outputs], saved[ctx.num_outputs :]
+    return ctx.call, flat, ctx.call.combine(flat), outputs
+
+
+def _in_place_of(value: Tree, cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+    """The cotangents of a tree's floating leaves, with None for the other tensors."""
+    given = iter(cotangents)
+    return [next(given) if tree.is_floating(leaf) else None for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]

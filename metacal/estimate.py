@@ -1,0 +1,245 @@
+"""The two doors to a hypergradient: :func:`hypergradient` for a whole estimate, :func:`solve` for ``.backward()``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from metacal import _checks, _random, operators, tree
+from metacal._typing import Tree
+from metacal.adjoints import Adjoint, Unrolled
+from metacal.adjoints.base import Pullback
+from metacal.inner import InnerSolver, InnerState, WithAux, constant, run
+
+
+class HyperGradient(NamedTuple):
+    """What an estimate returns.
+
+    Attributes:
+        value: the outer objective at the final inner params.
+        hparams: its gradient with respect to the hparams, direct and indirect part.
+        params: its gradient with respect to the initial inner params; ``()`` where the method does not estimate it.
+        state: the inner state after the steps.
+        stats: 0-dim tensors: ``first_bad_step`` (-1 if none), ``residual_norm``, ``linear_residual``, ``num_products``, as the
+            adjoint has them.
+        aux: what the outer objective logs (:func:`metacal.with_aux`).
+    """
+
+    value: Tensor
+    hparams: Tree
+    params: Tree
+    state: InnerState
+    stats: dict[str, Tensor]
+    aux: dict[str, Tensor]
+
+
+Estimate = Callable[[InnerState, Tree, Sequence[Tree], Tree], HyperGradient]
+
+
+def hypergradient(outer: Any, solver: InnerSolver, adjoint: Adjoint) -> Estimate:
+    """``estimate(state, hparams, inner_batches, outer_batch) -> HyperGradient``, a pure function.
+
+    The estimate runs one inner step per batch and differentiates ``outer(final_params, hparams, outer_batch)`` through them as
+    ``adjoint`` says. It can itself be transformed by ``torch.func`` (``vmap`` over tasks, ``grad``, ``jacrev`` ...); outside of any
+    transform its results are detached, so that memory does not grow over outer steps.
+
+    >>> import torch, metacal
+    >>> solver = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), metacal.optim.sgd(0.25))
+    >>> estimate = metacal.hypergradient(lambda w, h, b: (w ** 2).sum() / 2, solver, metacal.adjoints.Unrolled())
+    >>> h = torch.tensor([1.0])
+    >>> estimate(solver.init(torch.zeros(1), h), h, metacal.repeat(None, 2), None).hparams  # w = h (1 - 1/4)
+    tensor([0.5625])
+    """
+
+    def estimate(state: InnerState, hparams: Tree, inner_batches: Sequence[Tree], outer_batch: Tree) -> HyperGradient:
+        return differentiate(outer, solver, adjoint, state, hparams, inner_batches, outer_batch, ())[0]
+
+    return estimate
+
+
+def differentiate(
+    outer: Any,
+    solver: InnerSolver,
+    adjoint: Adjoint,
+    state: InnerState,
+    hparams: Tree,
+    inner_batches: Sequence[Tree],
+    outer_batch: Tree,
+    memory: Tree,
+) -> tuple[HyperGradient, Tree]:
+    """One hypergradient and the adjoint's memory for the next."""
+    _check(state, hparams, inner_batches)
+    if not operators.transforming():
+        constant("outer_batch", outer_batch)
+        state, hparams = tree.detach((state, hparams))
+    final, pullback = adjoint.vjp(solver, state, hparams, inner_batches, memory=memory)
+    value, aux, (d_params, direct) = operators.value_and_grad(
+        lambda w, h: _with_aux(outer, w, h, outer_batch), final.params, hparams, name="outer"
+    )
+    cotangents = pullback(d_params)
+    result = HyperGradient(value, tree.add(direct, cotangents.hparams), cotangents.params, final, cotangents.stats, aux)
+    result, memory = operators.released((result, cotangents.memory), operators.transforming())
+    return result, memory
+
+
+def _with_aux(outer: Any, params: Tree, hparams: Tree, batch: Tree) -> tuple[Tensor, dict[str, Tensor]]:
+    return outer(params, hparams, batch) if isinstance(outer, WithAux) else (outer(params, hparams, batch), {})
+
+
+def _check(state: Any, hparams: Tree, batches: Any) -> None:
+    if not isinstance(state, InnerState):
+        raise TypeError(f"`state` should be an InnerState, got {type(state).__name__}. Make one with solver.init(params, hparams).")
+    _checks.differentiable_tree("params", state.params)
+    _checks.differentiable_tree("hparams", hparams)
+    _checks.one_device(params=state.params, hparams=hparams)
+    _checks.batches(batches)
+
+
+@dataclass
+class _Problem:
+    """What the autograd Function of :func:`solve` carries beside its tensors."""
+
+    solver: InnerSolver
+    adjoint: Adjoint
+    combine: Callable[[Sequence[Tensor]], Any]  # the flat tensors -> (params, hparams, batches)
+    num_params: int
+    num_hparams: int
+    stats: dict[str, Tensor] | None
+    noise: _random.Noise | None = None
+    pullback: Pullback | None = field(default=None, repr=False)
+
+    def vjp(self, flat: Sequence[Tensor]) -> tuple[InnerState, Pullback]:
+        params, hparams, batches = self.combine(flat)
+        return self.adjoint.vjp(self.solver, self.solver.init(params, hparams), hparams, batches)
+
+
+def solve(
+    solver: InnerSolver,
+    params: Tree,
+    hparams: Tree,
+    batches: Sequence[Tree],
+    adjoint: Adjoint | None = None,
+    *,
+    stats: dict[str, Tensor] | None = None,
+) -> Tree:
+    """The inner params after one step per batch, differentiable by plain autograd and by ``torch.func``.
+
+    ``outer(solve(...)).backward()`` fills the ``.grad`` of the params and hparams, which may be ``nn.Parameter`` s. A ``solve``
+    inside an inner objective makes a third level; first and second derivatives are right for every adjoint (with
+    ``mode="graph"``: in plain autograd). What the objective closes over is a constant: pass everything that is learned through
+    ``hparams``.
+
+    Args:
+        params, hparams: trees of tensors.
+        batches: a sequence, one per step; a leaf that requires grad is an error.
+        adjoint: how the run is differentiated; ``Unrolled()`` by default.
+        stats: a dict that the backward pass fills with the adjoint's statistics.
+
+    >>> import torch, metacal
+    >>> h = torch.nn.Parameter(torch.tensor(2.0))
+    >>> solver = metacal.descent(lambda w, h, b: (w - h) ** 2, metacal.optim.sgd(0.25))
+    >>> w = metacal.solve(solver, torch.tensor(0.0), h, metacal.repeat(None, 2))
+    >>> w.backward()
+    >>> h.grad
+    tensor(0.7500)
+    """
+    adjoint = Unrolled() if adjoint is None else adjoint
+    _checks.batches(batches)
+    _checks.differentiable_tree("params", params)
+    _checks.differentiable_tree("hparams", hparams)
+    _checks.one_device(params=params, hparams=hparams)
+    if isinstance(adjoint, Unrolled) and adjoint.mode == "graph":
+        return _solve_in_one_graph(solver, params, hparams, batches, adjoint)
+    batches = [batches[i] for i in range(len(batches))]
+    if not operators.transforming():
+        constant("batches", batches)
+    flat, combine = tree.partition((params, hparams, batches), tree.is_tensor)
+    problem = _Problem(solver, adjoint, combine, len(tree.leaves(params)), len(tree.leaves(hparams)), stats)
+    return tree.unflatten(tree.structure(params), list(_Solve.apply(problem, *flat)))
+
+
+def _solve_in_one_graph(solver: InnerSolver, params: Tree, hparams: Tree, batches: Sequence[Tree], adjoint: Unrolled) -> Tree:
+    if operators.transforming():
+        adjoint.vjp(solver, solver.init(params, hparams), hparams, batches)  # raises, naming the remedy
+    first = 0 if adjoint.window is None else max(0, len(batches) - adjoint.window)
+    # Steps record a graph of themselves only if their inputs are in one.
+    params = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), params)
+    state = solver.init(params, hparams)
+    if first:
+        state = tree.detach(run(solver, tree.detach(state), tree.detach(hparams), batches[:first]))
+        state = state._replace(params=tree.map(lambda x: x.requires_grad_(), state.params))
+    return run(solver, state, hparams, batches[first:]).params
+
+
+class _Solve(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(problem: _Problem, *flat: Tensor) -> tuple[Tensor, ...]:
+        params, hparams, batches = problem.combine(flat)
+        problem.noise = _random.noise(params)
+        if operators.transforming() or not any(x.requires_grad for x in flat):
+            final = run(problem.solver, problem.solver.init(params, hparams), hparams, batches)
+        else:  # the backward pass will want the saved states
+            final, problem.pullback = problem.vjp(tree.detach(list(flat)))
+        # A run of no steps returns its input, which autograd wants apart from the output.
+        return tuple(leaf.clone() if any(leaf is x for x in flat) else leaf for leaf in tree.leaves(final.params))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.problem, *flat = inputs
+        ctx.save_for_backward(*flat)
+        ctx.save_for_forward(*flat)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        problem: _Problem = ctx.problem
+        learned = problem.num_params + problem.num_hparams
+        if any(ctx.needs_input_grad[1 + learned :]):
+            raise ValueError(_BATCH_GRAD)
+        flat = ctx.saved_tensors
+        params, hparams, _ = problem.combine(flat)
+        ct = tree.unflatten(tree.structure(params), list(cotangents))
+        if problem.pullback is not None and not operators.attached(list(flat), ct):
+            found = problem.pullback(ct)
+        else:  # somebody differentiates this backward pass: run it where they can see it
+            assert problem.noise is not None
+            with _random.preserved(params):
+                _random.restore(problem.noise)
+                found = problem.vjp(flat)[1](ct)
+        if problem.stats is not None:
+            problem.stats.update(found.stats)
+        d_params: Any = tree.leaves(found.params)
+        if not d_params:
+            if any(ctx.needs_input_grad[1 : 1 + problem.num_params]) and tree.leaves(params):
+                d_params = [None] * problem.num_params
+            d_params = d_params or [None] * problem.num_params
+        return None, *d_params, *tree.leaves(found.hparams), *[None] * (len(flat) - learned)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        problem: _Problem = ctx.problem
+        flat = ctx.saved_tensors
+        learned = problem.num_params + problem.num_hparams
+        if any(d is not None and bool(d.any()) for d in tangents[learned:]):
+            raise ValueError(_BATCH_GRAD)
+        filled = [torch.zeros_like(x) if d is None else d for x, d in zip(flat, tangents, strict=True)]
+        params, hparams, batches = problem.combine(flat)
+        d_params, d_hparams, _batches = problem.combine(filled)
+        assert problem.noise is not None
+        with _random.preserved(params):
+            _random.restore(problem.noise)
+            state = problem.solver.init(params, hparams)
+            moved = problem.adjoint.jvp(problem.solver, state, hparams, batches, d_params, d_hparams)
+        return tuple(tree.leaves(moved))
+
+
+_BATCH_GRAD = (
+    "A leaf of `batches` is being differentiated, but a batch is a constant of the inner problem and no gradient reaches it. "
+    "Put what is learned (images, labels, weights) into `hparams`."
+)

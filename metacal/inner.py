@@ -1,0 +1,238 @@
+"""Running the inner problem: solvers are three pure functions, and a run is one step per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchopt.base import GradientTransformation
+
+from metacal import _checks, operators, optim, tree
+from metacal._typing import Objective, Tree
+
+OptimizerLike = GradientTransformation | Callable[[Tree], GradientTransformation]
+
+
+class InnerState(NamedTuple):
+    """What an inner step changes.
+
+    ``carry`` holds what changes along the way and is never differentiated (BatchNorm statistics, EMA targets, queues).
+    """
+
+    params: Tree
+    opt_state: Tree
+    carry: Tree = ()
+
+
+class Descent(NamedTuple):
+    """The parts of a gradient-based step, for the adjoints that take it apart.
+
+    ``gradient(params, hparams, batch, carry) -> (grads, carry)``;
+    ``products(params, hparams, batch, carry, d) -> (H_ww d, H_hw d)``;
+    ``update(grads, params, opt_state, hparams) -> (params, opt_state)``, elementwise and cheap.
+    """
+
+    objective: operators.Loss
+    gradient: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+    products: Callable[[Tree, Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+    update: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+
+
+class InnerSolver(NamedTuple):
+    """A way to run an inner problem: ``init(params, hparams)``, ``step(state, hparams, batch)``, and
+    ``residual(params, hparams, batch)``, a tree like the params that is zero at a solution.
+
+    ``descent`` is there when the step is one of a gradient; ``anchor(hparams)`` when the solution is tied to a point
+    (:func:`proximal`).
+    """
+
+    init: Callable[[Tree, Tree], InnerState]
+    step: Callable[[InnerState, Tree, Tree], InnerState]
+    residual: Callable[[Tree, Tree, Tree], Tree]
+    descent: Descent | None = None
+    anchor: Callable[[Tree], Tree] | None = None
+
+
+@dataclass(frozen=True)
+class WithAux:
+    """An objective that returns ``(loss, dict of named tensors)``: see :func:`with_aux`."""
+
+    objective: Callable[[Tree, Tree, Tree], tuple[Tensor, dict[str, Tensor]]]
+
+    def __call__(self, params: Tree, hparams: Tree, batch: Tree, /) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective(params, hparams, batch)
+
+
+def with_aux(objective: Callable[[Tree, Tree, Tree], tuple[Tensor, dict[str, Tensor]]]) -> WithAux:
+    """Marks an objective that returns ``(loss, dict of named tensors to log)``; ``HyperGradient.aux`` carries the outer one's."""
+    return WithAux(objective)
+
+
+@dataclass(frozen=True)
+class Microbatched:
+    """An objective evaluated piece by piece: see :func:`microbatched`."""
+
+    objective: Objective
+    num_chunks: int
+
+    def __call__(self, params: Tree, hparams: Tree, batch: Tree, /) -> Tensor:
+        return torch.stack([self.objective(params, hparams, b) for b in operators.chunks(batch, self.num_chunks)]).mean()
+
+
+def microbatched(objective: Objective, n: int) -> Microbatched:
+    """The mean of the objective over ``n`` equal pieces of the batch: gradient accumulation.
+
+    :func:`descent` differentiates it piece by piece, so that only one piece's activations are alive at a time. Right for
+    objectives that are means over samples; a contrastive loss or BatchNorm sees smaller batches.
+    """
+    if n < 1:
+        raise ValueError(f"`n` should be at least 1, got {n}.")
+    return Microbatched(objective, n)
+
+
+def _loss(objective: Any, with_carry: bool) -> operators.Loss:
+    if isinstance(objective, Microbatched):
+        return operators.Loss(_loss(objective.objective, with_carry).fn, objective.num_chunks)
+    if with_carry:
+        if isinstance(objective, WithAux):
+            raise ValueError("`objective` with `carry` should return (loss, carry); log from the outer objective, or put the logs in the carry.")
+        return operators.Loss(objective)
+    if isinstance(objective, WithAux):
+        return operators.Loss(lambda w, h, b, c: (objective(w, h, b)[0], c))
+    return operators.Loss(lambda w, h, b, c: (objective(w, h, b), c))
+
+
+def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = None, compile: bool = False) -> InnerSolver:
+    """Gradient descent on ``objective(params, hparams, batch)`` with a differentiable optimizer.
+
+    Args:
+        objective: a scalar loss. With ``carry`` it is ``(params, hparams, batch, carry) -> (loss, carry)``.
+        optimizer: a GradientTransformation, or ``hparams -> GradientTransformation`` to learn its settings.
+        carry: the first value of what changes along the way and is never differentiated.
+        compile: compile the gradient and the second-order products with ``torch.compile``. They run eagerly inside
+            ``torch.func`` transforms, where a compiled function cannot go.
+
+    Work of a step: one gradient. Errors: an optimizer of another library that cannot be differentiated is refused with the name
+    of its ``metacal.optim`` equivalent.
+
+    >>> import torch, metacal
+    >>> solver = metacal.descent(lambda w, h, x: ((w - h) ** 2).sum(), metacal.optim.sgd(0.25))
+    >>> state = solver.init(torch.zeros(2), torch.ones(2))
+    >>> metacal.run(solver, state, torch.ones(2), metacal.repeat(None, 2)).params
+    tensor([0.7500, 0.7500])
+    """
+    loss = _loss(objective, with_carry=carry is not None)
+
+    def gradient(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> tuple[Tree, Tree]:
+        return operators.gradient(loss, params, hparams, batch, carry)
+
+    def products(params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree) -> tuple[Tree, Tree]:
+        return operators.mixed_products(loss, params, hparams, batch, carry, direction)
+
+    if compile:
+        gradient, products = _compiled(gradient), _compiled(products)
+
+    def update(grads: Tree, params: Tree, opt_state: Tree, hparams: Tree) -> tuple[Tree, Tree]:
+        updates, opt_state = optim.resolve(optimizer, hparams).update(grads, opt_state, params=params, inplace=False)
+        return tree.add(params, updates), opt_state
+
+    def init(params: Tree, hparams: Tree) -> InnerState:
+        _checks.differentiable_tree("params", params)
+        _checks.differentiable_tree("hparams", hparams)
+        return InnerState(params, optim.resolve(optimizer, hparams).init(params), () if carry is None else tree.clone(carry))
+
+    def step(state: InnerState, hparams: Tree, batch: Tree) -> InnerState:
+        grads, moved = gradient(state.params, hparams, batch, state.carry)
+        return InnerState(*update(grads, state.params, state.opt_state, hparams), moved)
+
+    def residual(params: Tree, hparams: Tree, batch: Tree) -> Tree:
+        return operators.gradient(loss, params, hparams, batch, () if carry is None else carry)[0]
+
+    return InnerSolver(init, step, residual, Descent(loss, gradient, products, update))
+
+
+def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    fast = torch.compile(fn)
+    return lambda *args: fn(*args) if operators.transforming() else fast(*args)
+
+
+def proximal(objective: Objective, optimizer: OptimizerLike, strength: float | Tensor, *, anchor: Callable[[Tree], Tree]) -> InnerSolver:
+    """Descent on ``objective + strength/2 |w - anchor(hparams)|^2``: iMAML's inner problem.
+
+    The pull towards the anchor makes the solution depend on it, so that implicit adjoints can differentiate it.
+
+    Source: Rajeswaran et al. 2019 (arXiv 1909.04630), equation 3.
+    """
+
+    def tied(params: Tree, hparams: Tree, batch: Tree, /) -> Tensor:
+        distance = tree.sub(params, anchor(hparams))
+        return objective(params, hparams, batch) + 0.5 * strength * tree.vdot(distance, distance)
+
+    return descent(tied, optimizer)._replace(anchor=anchor)
+
+
+def fixed_point(fn: Callable[[Tree, Tree, Tree], Tree]) -> InnerSolver:
+    """Iterates ``w <- fn(w, hparams, batch)``: any update rule, for instance a deep equilibrium layer."""
+    return InnerSolver(
+        init=lambda params, hparams: InnerState(params, ()),
+        step=lambda state, hparams, batch: state._replace(params=fn(state.params, hparams, batch)),
+        residual=lambda params, hparams, batch: tree.sub(params, fn(params, hparams, batch)),
+    )
+
+
+def stationary(objective: Objective) -> InnerSolver:
+    """No steps: the params are a minimiser found elsewhere, and the batches only define the objective that they minimise."""
+    solver = descent(objective, optim.sgd(0.0))
+    return solver._replace(step=lambda state, hparams, batch: state)
+
+
+def run(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree]) -> InnerState:
+    """Runs one inner step per batch.
+
+    ``batches`` is a sequence (it may be lazy): replay reads it again. Work: one step per batch; memory: one state.
+    """
+    _checks.batches(batches)
+    for batch in read(batches, 0, len(batches)):
+        state = solver.step(state, hparams, batch)
+    return state
+
+
+def read(batches: Sequence[Tree], begin: int, end: int) -> Iterator[Tree]:
+    """``batches[begin:end]`` one at a time, each checked: a batch is a constant."""
+    for i in range(begin, end):
+        batch = batches[i]
+        if not operators.transforming():
+            constant("batches", batch)
+        yield batch
+
+
+def constant(name: str, batch: Tree) -> None:
+    """Raises ValueError if a batch leaf requires grad: nothing would flow into it."""
+    for path, leaf in zip(tree.paths(batch), tree.leaves(batch), strict=True):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            raise ValueError(
+                f"`{name}`" + (f" at '{path}'" if path else "") + " requires grad, but a batch is a constant of the inner problem and "
+                "no gradient reaches it. Put what is learned (images, labels, weights) into `hparams`, or detach it."
+            )
+
+
+def repeat(batch: Tree, n: int) -> Sequence[Tree]:
+    """The same batch for ``n`` steps, held once."""
+    return [batch] * n
+
+
+def take(loader: Iterable[Tree], n: int) -> Sequence[Tree]:
+    """The first ``n`` batches of a DataLoader (or any iterable), starting over when it ends."""
+    taken: list[Tree] = []
+    while len(taken) < n:
+        before = len(taken)
+        for batch in loader:
+            taken.append(batch)
+            if len(taken) == n:
+                break
+        if len(taken) == before:
+            raise ValueError(f"`loader` should yield at least one batch; it ended after {before} of the {n} that were asked for.")
+    return taken

@@ -1,0 +1,114 @@
+"""``nn.Module`` to a pure function and back: the only file that knows modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metacal import tree
+
+_CHECKPOINTING = (
+    "`module` recomputes activations internally (torch.utils.checkpoint). The recomputation would run after the module's own "
+    "parameters are back in place and give silently wrong gradients. Turn it off in the module (for Hugging Face models: "
+    "model.gradient_checkpointing_disable()); to save memory use Unrolled(mode='mixed'), which recomputes whole inner steps."
+)
+
+
+class Functional(NamedTuple):
+    """A module as a pure function of its trainable parameters.
+
+    Attributes:
+        apply: ``apply(params, *args, **kwargs) -> output`` reads the stored buffers and drops their updates;
+            ``apply(params, *args, carry=buffers, **kwargs) -> (output, new_buffers)`` carries them along.
+        params: detached copies of the trainable parameters, keyed by name. Tied weights appear once.
+        buffers: copies of the buffers, keyed by name: the first ``carry``.
+        write: ``write(params, carry=None)`` puts values back into the module.
+    """
+
+    apply: Callable[..., Any]
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    write: Callable[..., None]
+
+
+def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "carry") -> Functional:
+    """Turns a module into a pure function; the module itself is left untouched until ``write``.
+
+    Whether the module is in training or evaluation mode is read at every call. Frozen parameters (``requires_grad=False``) are
+    constants. ``batch_norm="batch"`` normalises by the statistics of the batch only, with no running ones: nothing to carry, and
+    safe under ``torch.func.vmap``.
+
+    Errors:
+        RuntimeError: the module checkpoints activations internally; the message names the remedy.
+
+    >>> import torch, metacal
+    >>> net = torch.nn.Linear(3, 1)
+    >>> f = metacal.functional(net)
+    >>> f.apply(f.params, torch.ones(2, 3)).shape
+    torch.Size([2, 1])
+    """
+    if batch_norm not in ("carry", "batch"):
+        raise ValueError(f"`batch_norm` should be 'carry' or 'batch', got {batch_norm!r}.")
+    called = module
+    if batch_norm == "batch":
+        called = torch.func.replace_all_batch_norm_modules_(copy.deepcopy(module))
+    trainable = {name: p.detach().clone() for name, p in called.named_parameters() if p.requires_grad}
+    frozen = {name: p.detach() for name, p in called.named_parameters() if not p.requires_grad}
+    buffers = {name: b.detach().clone() for name, b in called.named_buffers()}
+    checked = False
+
+    def call(params: dict[str, Tensor], state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal checked
+        try:
+            # Non-reentrant checkpointing announces itself by its saved-tensor hooks; the reentrant kind by its graph node.
+            with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTING):
+                output = torch.func.functional_call(called, {**frozen, **params, **state}, args, kwargs)
+        except RuntimeError as error:
+            if "setup_context" in str(error) and "Checkpoint" in str(error):
+                raise RuntimeError(_CHECKPOINTING) from error
+            raise
+        if not checked and not torch.compiler.is_compiling():
+            if any(isinstance(t, Tensor) and _has_checkpoint_node(t) for t in tree.leaves(output)):
+                raise RuntimeError(_CHECKPOINTING)
+            checked = True
+        return output
+
+    def apply(params: dict[str, Tensor], *args: Any, carry: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        # functional_call writes BatchNorm's running statistics into the tensors it is given: hand it copies.
+        state = {name: b.clone() for name, b in (buffers if carry is None else carry).items()}
+        if called is not module:
+            called.train(module.training)
+        output = call(params, state, args, kwargs)
+        return output if carry is None else (output, state)
+
+    def write(params: dict[str, Tensor], carry: dict[str, Tensor] | None = None) -> None:
+        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        values = {**params, **(carry or {})}
+        unknown = sorted(values.keys() - own.keys())
+        if unknown:
+            raise ValueError(f"`params` should hold names of the module's parameters and buffers; it has none called '{unknown[0]}'.")
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
+
+    return Functional(apply, trainable, buffers, write)
+
+
+def _has_checkpoint_node(output: Tensor) -> bool:
+    todo: list[Any] = [output.grad_fn] if output.grad_fn is not None else []
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():
+            return True
+        todo.extend(parent for parent, _ in node.next_functions)
+    return False
+
+

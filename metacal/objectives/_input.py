@@ -1,0 +1,54 @@
+"""Checks of the tensors and the weights that objectives are given."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def views(name: str, value: Tensor | None, *, min_samples: int = 1) -> Tensor:
+    """Returns ``value`` if it is [n, m, d] with n >= min_samples and m >= 2, else raises."""
+    if value is None:
+        raise ValueError(
+            f"`outputs.{name}` should be a tensor [n, m, d] for this objective, got None. Its `heads` and `ema_target` say which "
+            "networks it reads."
+        )
+    if value.ndim != 3:
+        raise ValueError(
+            f"`outputs.{name}` should have shape [n, m, d] (samples, views, entries), got {tuple(value.shape)}. Stack the views "
+            "on axis 1; map several tasks with torch.func.vmap."
+        )
+    n, m, _ = value.shape
+    if m < 2:
+        raise ValueError(
+            f"`outputs.{name}` should hold m >= 2 views of every sample, got m = {m} in shape {tuple(value.shape)}. Draw more "
+            "views; support and query need two each where they are split by views."
+        )
+    if n < min_samples:
+        raise ValueError(
+            f"`outputs.{name}` should hold n >= {min_samples} samples to compare, got n = {n} in shape {tuple(value.shape)}. Use a "
+            "larger batch or fewer tasks."
+        )
+    return value
+
+
+def like(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """Returns ``value`` if it has the shape of ``other``, else raises."""
+    if value.shape != other.shape:
+        raise ValueError(
+            f"`outputs.{name}` should have the shape of `outputs.{other_name}`, {tuple(other.shape)}, got {tuple(value.shape)}. "
+            "The predictor maps d entries to d entries."
+        )
+    return value
+
+
+def weight(name: str, value: float | Tensor, *, positive: bool = False) -> None:
+    """Raises ValueError unless a number is finite and >= 0 (> 0 if ``positive``).
+
+    A tensor is let through: it may be a hyperparameter under a transform, whose value cannot be looked at.
+    """
+    if isinstance(value, Tensor):
+        return
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"`{name}` should be a finite number {'> 0' if positive else '>= 0'}, got {value!r}.")

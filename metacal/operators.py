@@ -1,0 +1,195 @@
+"""Derivatives of functions of trees: gradients, vector-Jacobian products, Hessian and mixed products.
+
+Each picks the cheapest engine that is right where it is called. Outside any ``torch.func`` transform that is plain
+autograd, which does not record a graph of its own backward pass unless somebody differentiates the result; inside a
+transform it is ``torch.func``, and nothing is detached there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metacal import _checks, tree
+from metacal._typing import Tree
+
+
+with warnings.catch_warnings():
+    # The first forward-mode pass of a process makes torch load tables through its own deprecated torch.jit.script. Do it here,
+    # where the warning can be silenced without silencing the user's.
+    warnings.simplefilter("ignore")
+    with torch.autograd.forward_ad.dual_level():
+        torch.autograd.forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
+def transforming() -> bool:
+    """Whether a ``torch.func`` transform (or a compiler) is looking at what is computed now."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def attached(*trees: Tree) -> bool:
+    """Whether somebody may differentiate what is computed from these trees: then nothing may be detached."""
+    return transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(trees)))
+
+
+def released(value: Tree, attached: bool) -> Tree:
+    """``value``, cut from any graph unless somebody may differentiate it."""
+    return value if attached else tree.detach(value)
+
+
+def _tensors(value: Tree) -> list[Tensor]:
+    return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _alias(value: Tree, keep_graph: bool) -> Tree:
+    # Fresh nodes: d/d(alias) is the partial derivative, even where one argument was computed from another.
+    return tree.map(lambda x: x.view_as(x) if keep_graph and x.requires_grad else x.detach().requires_grad_(), value)
+
+
+def value_and_grad(fn: Callable[..., tuple[Tensor, Any]], *primals: Tree, name: str = "objective") -> tuple[Tensor, Any, tuple[Tree, ...]]:
+    """``(value, aux, gradients)`` of ``fn(*primals) -> (scalar, aux)`` with respect to every primal.
+
+    A primal that the value does not depend on has a zero gradient; a value that depends on none of the first primal's
+    leaves is an error, for it is a mistake every time.
+    """
+    if transforming():
+        def scalar(*xs: Tree) -> tuple[Tensor, tuple[Tensor, Any]]:
+            value, aux = fn(*xs)
+            value = _checks.scalar(name, value)
+            return value, (value, aux)
+
+        with _differentiable_attention():
+            grads, (value, aux) = torch.func.grad(scalar, argnums=tuple(range(len(primals))), has_aux=True)(*primals)
+        return value, aux, grads
+    keep_graph = attached(primals)
+    with torch.enable_grad(), _differentiable_attention():
+        inputs = tuple(_alias(x, keep_graph) for x in primals)
+        value, aux = fn(*inputs)
+        value = _checks.scalar(name, value)
+        if not value.requires_grad:
+            raise ValueError(_independent(name))
+        flat, treedef = tree.flatten(inputs)
+        grads = torch.autograd.grad(value, flat, create_graph=keep_graph, allow_unused=True)
+    if all(g is None for g in grads[: len(tree.leaves(inputs[0]))]) and tree.leaves(inputs[0]):
+        raise ValueError(_independent(name))
+    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, flat, strict=True)]
+    return released(value, keep_graph), released(aux, keep_graph), tree.unflatten(treedef, released(filled, keep_graph))
+
+
+def _independent(name: str) -> str:
+    return (
+        f"`{name}` should depend on its first argument, the params: its derivative is zero everywhere. Use the params that are "
+        "passed in (with a module: metacal.functional(module).apply(params, x), not module(x)), and do not detach them."
+    )
+
+
+def vjp(fn: Callable[..., Tree], *primals: Tree) -> tuple[Tree, Callable[[Tree], tuple[Tree, ...]]]:
+    """``(fn(*primals), pullback)``: the pullback maps a cotangent of the output to those of the primals, once."""
+    if transforming():
+        return torch.func.vjp(fn, *primals)
+    keep_graph = attached(primals)
+    with torch.enable_grad():
+        inputs = tuple(_alias(x, keep_graph) for x in primals)
+        out = fn(*inputs)
+    flat, treedef = tree.flatten(inputs)
+
+    def pullback(cotangent: Tree) -> tuple[Tree, ...]:
+        create_graph = keep_graph or attached(cotangent)
+        pairs = [(y, ct) for y, ct in zip(tree.leaves(out), tree.leaves(cotangent), strict=True) if y.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(flat)
+        if pairs and flat:
+            ys, cts = zip(*pairs, strict=True)
+            with torch.enable_grad():
+                found = torch.autograd.grad(ys, flat, cts, create_graph=create_graph, allow_unused=True)
+        return tree.unflatten(treedef, [torch.zeros_like(x) if g is None else g for g, x in zip(found, flat, strict=True)])
+
+    return released(out, keep_graph), pullback
+
+
+def _differentiable_attention() -> Any:
+    # Fused attention has neither a double backward nor forward AD; the mathematics backend has both.
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An inner objective in its full form, ``(params, hparams, batch, carry) -> (loss, carry)``.
+
+    With ``num_chunks`` > 1 the batch is cut along its first axis and the loss is the mean over the pieces, one at a time.
+    """
+
+    fn: Callable[[Tree, Tree, Tree, Tree], tuple[Tensor, Tree]]
+    num_chunks: int = 1
+
+    def __call__(self, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> tuple[Tensor, Tree]:
+        values = []
+        for piece in self.pieces(batch):
+            value, carry = self.fn(params, hparams, piece, carry)
+            values.append(value)
+        return torch.stack(values).mean() if len(values) > 1 else values[0], carry
+
+    def pieces(self, batch: Tree) -> list[Tree]:
+        """The batch, or its ``num_chunks`` equal pieces."""
+        return [batch] if self.num_chunks == 1 else chunks(batch, self.num_chunks)
+
+
+def chunks(batch: Tree, n: int) -> list[Tree]:
+    """Cuts every tensor of a batch into ``n`` equal pieces along its first axis."""
+    for path, leaf in zip(tree.paths(batch), tree.leaves(batch), strict=True):
+        if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] % n):
+            raise ValueError(
+                f"`batch` at '{path}' has shape {tuple(leaf.shape)}: its first axis should be divisible by the {n} micro-batches, "
+                "or their mean is not the mean over the batch. Change the batch size or `n`."
+            )
+    return [tree.map(lambda x, i=i: x.chunk(n)[i] if isinstance(x, Tensor) else x, batch) for i in range(n)]
+
+
+def gradient(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> tuple[Tree, Tree]:
+    """``(grad_w L, new carry)``. Work: one forward and one backward pass."""
+    total = None
+    for piece in loss.pieces(batch):
+        _, carry, (g,) = value_and_grad(lambda w, b=piece, c=carry: loss.fn(w, hparams, b, c), params)
+        total = g if total is None else tree.add(total, g)
+    return (total if loss.num_chunks == 1 else tree.scale(1 / loss.num_chunks, total)), tree.detach(carry)
+
+
+def mixed_products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree) -> tuple[Tree, Tree]:
+    """``(H_ww d, H_hw d)`` in one forward-over-reverse pass.
+
+    By symmetry of the full Hessian both are ``jvp((w, h) -> grad_{w,h} L, (d, 0))``. The zero tangent is not materialised:
+    h is a constant of the forward pass. Work: three gradients.
+    """
+    return _products(loss, params, hparams, batch, carry, direction, argnums=(0, 1))
+
+
+def hessian_product(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree) -> Tree:
+    """``H_ww d`` alone: what a linear solver asks for again and again. Work: three gradients."""
+    return _products(loss, params, hparams, batch, carry, direction, argnums=(0,))[0]
+
+
+def _products(
+    loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree, argnums: tuple[int, ...]
+) -> tuple[Tree, ...]:
+    keep_graph = attached(params, hparams, direction)
+    total = None
+    for piece in loss.pieces(batch):
+        # The floating part of the carry is a primal of its own, with a zero tangent: BatchNorm writes the dual batch mean into it.
+        floating, combine = tree.partition(carry)
+
+        def field(w: Tree, c: list[Tensor], piece: Tree = piece, combine: Callable[[list[Tensor]], Tree] = combine) -> Tree:
+            def scalar(w: Tree, h: Tree, c: list[Tensor]) -> tuple[Tensor, Tree]:
+                return loss.fn(w, h, piece, combine(c))
+
+            return torch.func.grad(scalar, argnums=argnums, has_aux=True)(w, hparams, c)
+
+        with torch.enable_grad(), _differentiable_attention():
+            _, products, carry = torch.func.jvp(field, (params, floating), (direction, [torch.zeros_like(c) for c in floating]), has_aux=True)
+        products = released(products, keep_graph)
+        total = products if total is None else tree.add(total, products)
+    return total if loss.num_chunks == 1 else tree.scale(1 / loss.num_chunks, total)

@@ -1,0 +1,127 @@
+"""What an optimizer is: torchopt's pair ``(init, update)``, and what all of ours share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import reduce
+from numbers import Real
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from metacal import tree
+from metacal._typing import Tree
+
+with warnings.catch_warnings():
+    # torchopt reaches torch.func through its former home, the deprecated `functorch`.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore", FutureWarning)
+    import torchopt
+    from torchopt.base import ChainedGradientTransformation, GradientTransformation
+
+Hyperparameter: TypeAlias = "float | Tensor | Callable[[Tensor], float | Tensor]"
+"""A number, a 0-dim tensor, or a schedule: ``step count -> value``.
+
+A schedule is given the number of steps already taken (0 at the first) as a 0-dim *floating* tensor in the params' precision,
+so that ``lambda t: 0.1 * 0.9**t`` loses no digits; write ``rates[t.long()]`` to look a value up.
+"""
+
+
+class DifferentiableTransformation(GradientTransformation):
+    """A ``torchopt`` transformation known to be a pure, differentiable function: it needs no probe."""
+
+    def chain(self, next: GradientTransformation) -> GradientTransformation:
+        """``chain(self, next)``."""
+        return chain(self, next)
+
+
+def is_differentiable(transformation: GradientTransformation) -> bool:
+    """Whether a transformation is ours, or a torchopt chain of ours."""
+    if isinstance(transformation, ChainedGradientTransformation):
+        return all(is_differentiable(part) for part in transformation.transformations)
+    return isinstance(transformation, DifferentiableTransformation)
+
+
+def chain(*transformations: GradientTransformation) -> GradientTransformation:
+    """Applies transformations one after the other; ours and torchopt's mix.
+
+    A chain of our own parts is ours again, and needs no probe; so is one built by ``torchopt.chain``.
+
+    >>> from metacal import optim
+    >>> optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1, momentum=0.9))
+    """
+    whole = torchopt.chain(*transformations)
+    return DifferentiableTransformation(whole.init, whole.update) if all(map(is_differentiable, transformations)) else whole
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """``params + updates``, out of place."""
+    return tree.add(params, updates)
+
+
+Rule: TypeAlias = Callable[[Tensor, Tree, "Tree | None", Any], tuple[Tree, Any]]
+"""``(t, grads, params, state) -> (updates, state)``: a step's formula; t counts the steps before this one, as a floating tensor."""
+
+
+def transformation(init: Callable[[Tree, Tensor], Any], rule: Rule) -> DifferentiableTransformation:
+    """Makes torchopt's pair of ``init(params, count)`` and a rule; a state is a NamedTuple whose first field is ``count``."""
+
+    def init_fn(params: Tree) -> Any:
+        leaves = tree.leaves(params)
+        if any(leaf.is_complex() for leaf in leaves):
+            raise TypeError(
+                "`params` should be real: the optimizers square gradients elementwise. Got a complex tensor; keep "
+                "torch.view_as_real(tensor) as the parameter and use torch.view_as_complex inside the objective."
+            )
+        device = leaves[0].device if leaves else None
+        return init(params, torch.zeros((), dtype=torch.int64, device=device))
+
+    def update_fn(updates: Tree, state: Any, *, params: Tree | None = None, inplace: bool = True) -> tuple[Tree, Any]:
+        # At least float32: bfloat16 cannot count beyond 256.
+        precision = reduce(torch.promote_types, (g.dtype for g in tree.leaves(updates)), torch.float32)
+        new_updates, new_state = rule(state.count.to(precision), updates, params, state)
+        return _in_precision_of(updates, new_updates), _in_precision_of(state, new_state)
+
+    return DifferentiableTransformation(init_fn, update_fn)
+
+
+def _in_precision_of(like: Tree, value: Tree) -> Tree:
+    # A 0-dim float64 hyperparameter promotes a 0-dim float32 parameter.
+    return tree.map(lambda old, new: new.to(old.dtype), like, value)
+
+
+def at(t: Tensor, *hyperparameters: Hyperparameter) -> tuple[Any, ...]:
+    """The values of hyperparameters at step ``t``: schedules are evaluated."""
+    return tuple(h(t) if not isinstance(h, (Real, Tensor)) else h for h in hyperparameters)
+
+
+def is_off(hyperparameter: Hyperparameter) -> bool:
+    """Whether a hyperparameter is the number 0: what it switches on needs no state. (A tensor's value is not looked at.)"""
+    return isinstance(hyperparameter, Real) and hyperparameter == 0
+
+
+def checked(name: str, value: Any, *, low: float = 0.0, high: float = float("inf")) -> Any:
+    """Returns a hyperparameter if it is one: a number in ``[low, high)``, a 0-dim tensor, or a schedule.
+
+    Only numbers are compared: reading a tensor would wait for the device, and a tracer has no value to read.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(
+                f"`{name}` should be a 0-dim tensor, got shape {tuple(value.shape)}. Index it (value[0]) or .reshape(()); "
+                "for several values at once use torch.vmap."
+            )
+        return value
+    if isinstance(value, Real):
+        if not low <= value <= high or value == high != float("inf"):
+            bound = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g})"
+            raise ValueError(f"`{name}` should be {bound}, got {value}.")
+        return value
+    if not callable(value):
+        raise TypeError(
+            f"`{name}` should be a number, a 0-dim tensor or a schedule (step count -> value), got {type(value).__name__}. "
+            "Pick the leaf out of a tree of hyperparameters: lambda hparams: optim.sgd(hparams['lr'])."
+        )
+    return value

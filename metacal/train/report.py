@@ -1,0 +1,255 @@
+"""A report as one HTML file that needs nothing else: tables, curves and matrices."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from metacal.train._files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Cell: TypeAlias = "str | float | int | tuple[float, float] | None"
+"""A number, a text, ``(mean, half-width of its interval)``, or None for what was not measured."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that map column names to cells; ``best`` says which columns are better high (``"max"``) or low (``"min"``)."""
+
+    title: str
+    rows: Sequence[Mapping[str, Cell]]
+    best: Mapping[str, Literal["max", "min"]] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One panel of lines: ``{name: (steps, values)}``."""
+
+    title: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    x_label: str = "step"
+    y_label: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A K x K matrix, drawn with zero in the middle of its colours; ``rows`` and ``columns`` label it (default 1 ... K)."""
+
+    title: str
+    values: npt.ArrayLike  # [K, K]; a CPU tensor too
+    rows: Sequence[str] | None = None
+    columns: Sequence[str] | None = None
+    x_label: str = ""
+    y_label: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`write` lays out: each entry of ``intro`` and ``footnotes`` is a paragraph of plain text."""
+
+    title: str
+    intro: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    curves: Sequence[Curves] = ()
+    matrices: Sequence[Matrix] = ()
+    footnotes: Sequence[str] = ()
+
+
+def write(path: str | Path, report: Report) -> Path:
+    """Writes the report as one HTML file without scripts or references to other files, readable in light and dark.
+
+    Errors:
+        ValueError: ``best`` names a column that no row has, or a matrix is not two-dimensional.
+
+    >>> import tempfile
+    >>> table = Table("Probe", [{"method": "base", "accuracy": 0.91}, {"method": "TC²", "accuracy": 0.93}], {"accuracy": "max"})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = write(folder + "/report.html", Report("Digits", ["Two methods."], [table]))
+    ...     '<td class="number best">0.93</td>' in path.read_text(encoding="utf-8")
+    True
+    """
+    path = Path(path)
+    page = _page(report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(page.encode())
+    return path
+
+
+def _page(report: Report) -> str:
+    panels = [_picture(c.title, c.note, _draw_curves(c), f"curves-{i}") for i, c in enumerate(report.curves)]
+    matrices = [_picture(m.title, m.note, _draw_matrix(m), f"matrix-{i}") for i, m in enumerate(report.matrices)]
+    sections = [
+        "".join(f"<p>{escape(text)}</p>" for text in report.intro),
+        "".join(_table(table) for table in report.tables),
+        f'<div class="panels">{"".join(panels)}</div>' if panels else "",
+        f'<div class="panels">{"".join(matrices)}</div>' if matrices else "",
+        "<footer>" + "".join(f"<p>{escape(text)}</p>" for text in report.footnotes) + "</footer>" if report.footnotes else "",
+    ]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(report.title)}</title><style>{STYLE}</style></head>\n"
+        f"<body><main><h1>{escape(report.title)}</h1>\n" + "\n".join(filter(None, sections)) + "\n</main></body></html>\n"
+    )
+
+
+# --- tables ---
+
+
+def _table(table: Table) -> str:
+    columns = list(dict.fromkeys(name for row in table.rows for name in row))
+    unknown = [name for name in table.best if name not in columns]
+    if unknown and table.rows:
+        raise ValueError(f"`best` of the table '{table.title}' names '{unknown[0]}', which is no column: {', '.join(columns)}.")
+    winners = {name: _winner(table, name) for name in table.best}
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(_cell(row.get(name), winners.get(name)) for name in columns) + "</tr>" for row in table.rows)
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return (
+        f'<h2>{escape(table.title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
+    )
+
+
+def _winner(table: Table, column: str) -> float | None:
+    values = [value for row in table.rows if math.isfinite(value := _number(row.get(column)))]
+    return (max if table.best[column] == "max" else min)(values, default=None)
+
+
+def _number(cell: Cell) -> float:
+    if isinstance(cell, tuple):
+        return float(cell[0])
+    return math.nan if cell is None or isinstance(cell, str) else float(cell)
+
+
+def _cell(cell: Cell, winner: float | None) -> str:
+    if isinstance(cell, str):
+        return f"<td>{escape(cell)}</td>"
+    best = " best" if winner is not None and _number(cell) == winner else ""
+    return f'<td class="number{best}">{_text(cell)}</td>'
+
+
+def _text(cell: float | int | tuple[float, float] | None) -> str:
+    if cell is None:
+        return "–"
+    if isinstance(cell, tuple):
+        return f"{cell[0]:.4g} ± {cell[1]:.2g}"
+    return str(cell) if isinstance(cell, int) else f"{cell:.4g}"
+
+
+# --- pictures ---
+
+# Drawn in place of the page's text colour, which an inline SVG can refer to and matplotlib cannot.
+INK = "#010203"
+LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")  # Okabe and Ito, for all eyes
+RC = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a $ in a name is a $
+    "font.family": "sans-serif",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def _draw_curves(curves: Curves) -> Figure:
+    from matplotlib import rc_context  # slow to import, and only here needed
+    from matplotlib.figure import Figure
+
+    with rc_context(RC):
+        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        for i, (name, (steps, values)) in enumerate(curves.lines.items()):
+            marker = "o" if len(steps) == 1 else None
+            label = f" {name}" if name.startswith("_") else name  # matplotlib leaves such names out of the legend
+            axes.plot(steps, values, marker=marker, label=label, color=LINES[i % len(LINES)], linewidth=1.6)
+        axes.set(xlabel=curves.x_label, ylabel=curves.y_label)
+        axes.grid(alpha=0.25)
+        if curves.lines:
+            axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _draw_matrix(matrix: Matrix) -> Figure:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    values = np.asarray(matrix.values, dtype=float)
+    if values.ndim != 2:
+        raise ValueError(f"`values` of the matrix '{matrix.title}' should have two dimensions, got shape {values.shape}.")
+    largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
+    num_rows, num_columns = values.shape
+    with rc_context({**RC, "axes.spines.left": False, "axes.spines.bottom": False}):
+        figure = Figure(figsize=(1.6 + 0.5 * num_columns, 1.2 + 0.5 * num_rows), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        figure.colorbar(image, shrink=0.8).outline.set_visible(False)
+        axes.set(xlabel=matrix.x_label, ylabel=matrix.y_label)
+        axes.set_xticks(range(num_columns), matrix.columns or range(1, num_columns + 1))
+        axes.set_yticks(range(num_rows), matrix.rows or range(1, num_rows + 1))
+        axes.tick_params(length=0)
+        for (row, column), value in np.ndenumerate(values):
+            color = "white" if abs(value) > 0.6 * largest else "black"
+            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize="small", color=color if np.isfinite(value) else INK)
+    return figure
+
+
+def _picture(title: str, note: str, figure: Figure, name: str) -> str:
+    caption = f"<figcaption><strong>{escape(title)}</strong>{' ' + escape(note) if note else ''}</figcaption>"
+    return f"<figure>{caption}{_svg(figure, name)}</figure>"
+
+
+def _svg(figure: Figure, name: str) -> str:
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    # The salt makes the ids that clip paths refer to the same on every run and different in each picture.
+    with rc_context({**RC, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's browser has its own fonts
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])  # groups' names, which would repeat from picture to picture
+    return svg.replace(INK, "currentColor")
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --paper: #ffffff; --rule: #dfe4ea; --best: #e3f3ea; --mark: #0b6b3a; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ee; --soft: #9aa5b4; --paper: #14181e; --rule: #2c343f; --best: #163626; --mark: #7fe0ab; }
+}
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 1rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p { max-width: 46rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .9rem; border-bottom: 1px solid var(--rule); text-align: left; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; font-size: .85rem; }
+.number { text-align: right; }
+.best { background: var(--best); color: var(--mark); font-weight: 700; }
+.panels { display: flex; flex-wrap: wrap; gap: 1.5rem; margin-top: 2.2rem; }
+figure { margin: 0; }
+figure svg { max-width: 100%; height: auto; display: block; }
+figcaption, .note, footer { color: var(--soft); font-size: .9rem; }
+figcaption { max-width: 30rem; }
+footer { margin-top: 3rem; border-top: 1px solid var(--rule); }
+"""

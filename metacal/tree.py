@@ -1,0 +1,204 @@
+"""Trees of tensors: nested dicts, lists, tuples and NamedTuples.
+
+One backend (optree, which torchopt uses too): dictionary keys are sorted, so two dicts with equal keys in
+different insertion order pair the right tensors, and ``None`` is an empty tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from metacal._typing import Tree
+
+flatten = optree.tree_flatten
+"""``tree -> (leaves, treedef)``."""
+unflatten = optree.tree_unflatten
+"""``(treedef, leaves) -> tree``."""
+leaves = optree.tree_leaves
+"""The leaves, in the order of :func:`flatten`."""
+structure = optree.tree_structure
+"""The treedef, comparable with ``==``."""
+
+
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Applies ``fn`` leaf by leaf; the trees in ``rest`` must have the structure of ``tree``."""
+    return optree.tree_map(fn, tree, *rest)
+
+
+def paths(tree: Tree) -> list[str]:
+    """The dotted name of every leaf, in the order of :func:`leaves`: ``{"a": (x, y)} -> ["a.0", "a.1"]``."""
+    return [_dotted(accessor) for accessor in optree.tree_accessors(tree)]
+
+
+def _dotted(accessor: optree.PyTreeAccessor) -> str:
+    return ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf can be differentiated: a floating-point or complex tensor."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def is_tensor(leaf: Any) -> bool:
+    """Whether a leaf is a tensor of any kind."""
+    return isinstance(leaf, Tensor)
+
+
+def partition(tree: Tree, keep: Callable[[Any], bool] = is_floating) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Tree]]:
+    """Splits off the leaves to ``keep``: by default the floating ones.
+
+    Returns them with a function that puts others (new values, cotangents, tracers) in their place. Step counters and
+    other integer leaves stay where they are: ``torch.func.vjp`` refuses them.
+    """
+    every, treedef = flatten(tree)
+    where = [i for i, leaf in enumerate(every) if keep(leaf)]
+    rest = [None if keep(leaf) else leaf for leaf in every]
+
+    def combine(kept: Sequence[Tensor]) -> Tree:
+        filled = list(rest)
+        for i, leaf in zip(where, kept, strict=True):
+            filled[i] = leaf
+        return unflatten(treedef, filled)
+
+    return [every[i] for i in where], combine
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """``a + b``."""
+    return map(torch.add, a, b)
+
+
+def sub(a: Tree, b: Tree) -> Tree:
+    """``a - b``."""
+    return map(torch.sub, a, b)
+
+
+def scale(a: float | Tensor, x: Tree) -> Tree:
+    """``a x`` for a scalar ``a``."""
+    return map(lambda leaf: a * leaf, x)
+
+
+def axpy(a: float | Tensor, x: Tree, y: Tree) -> Tree:
+    """``a x + y`` for a scalar ``a``."""
+    return map(lambda xi, yi: a * xi + yi, x, y)
+
+
+def mean(trees: list[Tree]) -> Tree:
+    """The leafwise mean of several trees."""
+    return map(lambda *xs: xs[0] if len(xs) == 1 else torch.stack(xs).mean(0), *trees)
+
+
+def vdot(a: Tree, b: Tree) -> Tensor:
+    """The inner product, a 0-dim tensor (0 for empty trees)."""
+    # .sum() of the product and not torch.dot: leaves have any shape, and 0-dim ones are welcome.
+    products = [(x * y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]
+    return torch.stack(products).sum() if products else torch.zeros(())
+
+
+def norm(a: Tree) -> Tensor:
+    """The Euclidean norm of all leaves together, a 0-dim tensor.
+
+    Its derivative at zero is zero: sqrt's would be infinite.
+    """
+    square = vdot(a, a)
+    at_zero = square == 0
+    return torch.where(at_zero, square, torch.where(at_zero, torch.ones_like(square), square).sqrt())
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """Zeros of the same shapes."""
+    return map(torch.zeros_like, tree)
+
+
+def detach(tree: Tree) -> Tree:
+    """Every tensor detached; other leaves as they are."""
+    return map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def clone(tree: Tree) -> Tree:
+    """Every tensor detached and copied."""
+    return map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def to(tree: Tree, target: torch.device | torch.dtype | str, *, non_blocking: bool = False) -> Tree:
+    """Moves every tensor to a device, or casts the floating ones to a dtype (integer leaves keep theirs)."""
+    if isinstance(target, torch.dtype):
+        return map(lambda leaf: leaf.to(target) if is_floating(leaf) else leaf, tree)
+    return map(lambda leaf: leaf.to(target, non_blocking=non_blocking) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def stack(trees: list[Tree]) -> Tree:
+    """Equal trees as one tree with a new leading axis."""
+    return map(lambda *xs: torch.stack(xs), *trees)
+
+
+def index(tree: Tree, i: int | slice | Tensor) -> Tree:
+    """``leaf[i]`` for every leaf: one entry of a stacked tree."""
+    return map(lambda leaf: leaf[i], tree)
+
+
+def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """One vector of all the leaves, and the function that turns such a vector back into the tree."""
+    flat, treedef = flatten(tree)
+    shapes, sizes, dtypes = [x.shape for x in flat], [x.numel() for x in flat], [x.dtype for x in flat]
+    vector = torch.cat([x.reshape(-1) for x in flat]) if flat else torch.zeros(0)
+
+    def unravel(v: Tensor) -> Tree:
+        parts = zip(v.split(sizes), shapes, dtypes, strict=True)
+        return unflatten(treedef, [part.reshape(shape).to(dtype) for part, shape, dtype in parts])
+
+    return vector, unravel
+
+
+def num_elements(tree: Tree) -> int:
+    """The number of scalars in the tree."""
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def num_bytes(tree: Tree) -> int:
+    """The memory of the tree's tensors, in bytes."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
+def state_dict(tree: Tree) -> dict[str, Tensor]:
+    """A flat dict ``{dotted path: tensor}``, which ``torch.load(weights_only=True)`` reads back.
+
+    Errors:
+        TypeError: a leaf is not a tensor.
+    """
+    flat = dict(zip(paths(tree), leaves(tree), strict=True))
+    for path, leaf in flat.items():
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"`tree` should hold tensors only; the leaf at '{path}' is a {type(leaf).__name__}. Wrap it in torch.as_tensor."
+            )
+    return flat
+
+
+def load_state_dict(like: Tree, state: Mapping[str, Tensor]) -> Tree:
+    """The tree with the structure, devices and dtypes of ``like`` and the values of :func:`state_dict`'s dict.
+
+    Errors:
+        ValueError: a path is missing, unexpected, or has another shape; the message names the first one.
+    """
+    wanted = dict(zip(paths(like), leaves(like), strict=True))
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or unexpected:
+        raise ValueError(
+            "`state` does not fit `like`: "
+            + (f"'{missing[0]}' is missing (of {len(missing)}). " if missing else "")
+            + (f"'{unexpected[0]}' is unexpected (of {len(unexpected)}). " if unexpected else "")
+            + "Build `like` with the same configuration that wrote the state."
+        )
+    for path, leaf in wanted.items():
+        if state[path].shape != leaf.shape:
+            raise ValueError(
+                f"`state` does not fit `like`: '{path}' should have shape {tuple(leaf.shape)}, got {tuple(state[path].shape)}."
+            )
+    values = [state[path].to(device=leaf.device, dtype=leaf.dtype) for path, leaf in wanted.items()]
+    return unflatten(structure(like), values)

@@ -1,0 +1,337 @@
+"""``functional``: a module as a pure function, and back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from problems import close, f64, loop, OPTIMIZERS, relative_error, tree_map
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import metacal
+from metacal import adjoints, linear, optim
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Any:
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(default)
+
+
+def normalised() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def unchanged(module: nn.Module, before: dict[str, Tensor]) -> None:
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_equals_the_module_and_its_gradient() -> None:
+    net, x = normalised().eval(), torch.randn(7, 3)
+    f = metacal.functional(net)
+    assert list(f.params) == [name for name, _ in net.named_parameters()]
+    close(f.apply(f.params, x), net(x), 0.0)
+    got = torch.func.grad(lambda p: f.apply(p, x).square().sum())(f.params)
+    net(x).square().sum().backward()
+    for name, p in net.named_parameters():
+        close(got[name], p.grad, 1e-14)
+
+
+def test_params_are_detached_copies() -> None:
+    net = normalised()
+    f, before = metacal.functional(net), snapshot(net)
+    for value in (*f.params.values(), *f.buffers.values()):
+        assert not value.requires_grad and value.grad_fn is None
+        value.add_(1)
+    unchanged(net, before)
+    with torch.no_grad():
+        net[0].weight.zero_()
+    assert f.params["0.weight"].abs().max() > 0
+
+
+def test_keyword_arguments_and_several_outputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor, *, shift: float = 0.0) -> dict[str, Tensor]:
+            return {"scaled": self.scale * x, "shifted": x + shift}
+
+    f = metacal.functional(Two())
+    out = f.apply(f.params, torch.ones(2), shift=3.0)
+    assert out["scaled"].tolist() == [2.0, 2.0] and out["shifted"].tolist() == [4.0, 4.0]
+
+
+def test_buffers_are_carried_and_never_written_in_place() -> None:
+    net = normalised()
+    f, before, x = metacal.functional(net), snapshot(net), torch.randn(7, 3)
+    start = {k: v.clone() for k, v in f.buffers.items()}
+    out, carry = f.apply(f.params, x, carry=f.buffers)
+    unchanged(net, before)
+    assert all(torch.equal(start[k], f.buffers[k]) for k in start)
+    reference = copy.deepcopy(net)
+    close(out, reference(x), 0.0)
+    for name, buffer in reference.named_buffers():
+        assert torch.equal(carry[name], buffer), name
+    assert not torch.equal(carry["1.running_mean"], start["1.running_mean"])
+    # Without a carry the updates are dropped: two calls agree.
+    close(f.apply(f.params, x), out, 0.0)
+    assert all(torch.equal(start[k], f.buffers[k]) for k in start)
+
+
+def test_training_mode_is_read_at_each_call() -> None:
+    net, x = normalised(), torch.randn(7, 3)
+    for batch_norm in ("carry", "batch"):
+        f = metacal.functional(nn.Sequential(net[0], nn.Dropout(0.5)) if batch_norm == "batch" else net, batch_norm=batch_norm)
+        assert callable(f.apply)
+    f = metacal.functional(net)
+    train = f.apply(f.params, x)
+    net.eval()
+    assert relative_error(f.apply(f.params, x), train) > 1e-3
+    net.train()
+    close(f.apply(f.params, x), train, 0.0)
+
+
+def test_tied_weights_appear_once_and_move_together() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.decoder.weight = self.encoder.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decoder(torch.tanh(self.encoder(x)))
+
+    net, x = Tied(), torch.randn(5, 4)
+    f = metacal.functional(net)
+    assert list(f.params) == ["encoder.weight"]
+    got = torch.func.grad(lambda p: f.apply(p, x).square().sum())(f.params)
+    net(x).square().sum().backward()
+    close(got["encoder.weight"], net.encoder.weight.grad, 1e-14)
+    f.write({"encoder.weight": torch.ones(4, 4)})
+    assert net.decoder.weight is net.encoder.weight and bool((net.decoder.weight == 1).all())
+
+    solver = metacal.descent(lambda p, h, b: f.apply(p, b).square().mean() * h, optim.sgd(0.05))
+    estimate = metacal.hypergradient(lambda p, h, b: f.apply(p, b).mean(), solver, adjoints.Unrolled())
+    hg = estimate(solver.init(f.params, f64(1.0)), f64(1.0), [x, x], x)
+
+    def written_out(h: Tensor) -> Tensor:
+        w = f.params["encoder.weight"]
+        for _ in range(2):
+            w = w - 0.05 * torch.func.grad(lambda w: (torch.tanh(x @ w.T) @ w.T).square().mean() * h)(w)
+        return (torch.tanh(x @ w.T) @ w.T).mean()
+
+    close(hg.hparams, torch.func.grad(written_out)(f64(1.0)))
+
+
+@pytest.mark.parametrize("batch_norm", ["carry", "batch"])
+def test_frozen_parameters_are_constants(batch_norm: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    f, before, x = metacal.functional(net, batch_norm=batch_norm), snapshot(net), torch.randn(5, 3)
+    assert list(f.params) == ["2.weight", "2.bias"]
+    close(f.apply(f.params, x), net(x), 0.0)
+    grads = torch.func.grad(lambda p: f.apply(p, x).square().sum())(f.params)
+    assert grads.keys() == f.params.keys()
+    f.write({k: v + 1 for k, v in f.params.items()})
+    assert torch.equal(net[0].weight, before["0.weight"]) and not net[0].weight.requires_grad
+    close(net[2].weight.detach(), before["2.weight"] + 1, 0.0)
+
+
+def test_write_puts_values_and_statistics_back() -> None:
+    net = normalised()
+    pointers = {k: v.data_ptr() for k, v in net.state_dict().items()}
+    f, x = metacal.functional(net), torch.randn(7, 3)
+    params = {k: 2 * v for k, v in f.params.items()}
+    out, carry = f.apply(params, x, carry=f.buffers)
+    f.write(params, carry)
+    for name, value in {**params, **carry}.items():
+        assert torch.equal(net.state_dict()[name], value), name
+    assert {k: v.data_ptr() for k, v in net.state_dict().items()} == pointers, "written in place: an optimizer holding the module sees it"
+    assert all(p.requires_grad for p in net.parameters())
+    with pytest.raises(ValueError, match="2.wieght"):
+        f.write({"2.wieght": torch.zeros(2, 5)})
+
+
+def test_write_of_params_alone_leaves_the_statistics() -> None:
+    net = normalised()
+    f = metacal.functional(net)
+    before = snapshot(net)
+    f.write({k: v + 1 for k, v in f.params.items()})
+    assert torch.equal(net.state_dict()["1.running_mean"], before["1.running_mean"])
+    assert not torch.equal(net.state_dict()["0.weight"], before["0.weight"])
+
+
+def test_batch_statistics_need_no_carry_and_work_under_vmap() -> None:
+    net, x = normalised(), torch.randn(6, 7, 3)
+    before = snapshot(net)
+    f = metacal.functional(net, batch_norm="batch")
+    assert not any("running" in name for name in f.buffers)
+
+    def by_hand(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        z = x @ p["0.weight"].T + p["0.bias"]
+        z = (z - z.mean(0)) / (z.var(0, unbiased=False) + net[1].eps).sqrt() * p["1.weight"] + p["1.bias"]
+        return torch.tanh(z) @ p["3.weight"].T + p["3.bias"]
+
+    close(f.apply(f.params, x[0]), by_hand(f.params, x[0]), 1e-13)
+    mapped = torch.func.vmap(lambda x: torch.func.grad(lambda p: f.apply(p, x).square().mean())(f.params))(x)
+    for i in range(len(x)):
+        one = torch.func.grad(lambda p, i=i: by_hand(p, x[i]).square().mean())(f.params)
+        # BatchNorm makes the first bias' derivative zero: compare with the norm of all.
+        close({k: v[i] for k, v in mapped.items()}, one, 1e-12)
+    unchanged(net, before)
+    # Evaluation too uses the batch: there is nothing else to use.
+    net.eval()
+    close(f.apply(f.params, x[0]), by_hand(f.params, x[0]), 1e-13)
+
+
+def test_unknown_batch_norm_is_refused() -> None:
+    with pytest.raises(ValueError, match="`batch_norm`.*'carry'.*'batch'.*'bacth'"):
+        metacal.functional(normalised(), batch_norm="bacth")  # type: ignore[arg-type]
+
+
+# Law 13
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum0.9", "adam"])
+def test_law_13_batchnorm_as_carry_equals_a_plain_torch_loop(optimizer: str) -> None:
+    row, net = OPTIMIZERS[optimizer], normalised()
+    xs, ys = torch.randn(6, 8, 3), torch.randint(0, 2, (6, 8))
+    f, before = metacal.functional(net), snapshot(net)
+
+    def inner(p: Any, h: Any, b: Any, carry: Any) -> tuple[Tensor, Any]:
+        out, carry = f.apply(p, b[0], carry=carry)
+        return nn.functional.cross_entropy(out, b[1]), carry
+
+    solver = metacal.descent(inner, row.build(), carry=f.buffers)
+    end = metacal.run(solver, solver.init(f.params, {}), {}, list(zip(xs, ys)))
+    unchanged(net, before)
+
+    torch_optimizer = row.torch(list(net.parameters()))
+    for x, y in zip(xs, ys):
+        torch_optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        torch_optimizer.step()
+    for name, value in net.state_dict().items():
+        got = {**end.params, **end.carry}[name]
+        assert got.dtype == value.dtype, name
+        # The first bias has a derivative of exactly 0 that rounding makes 1e-17: Adam turns that into a step of its own.
+        tolerance = 1e-12 if name != "0.bias" or optimizer != "adam" else float("inf")
+        if tolerance < 1:
+            close(got, value, tolerance)
+    assert int(end.carry["1.num_batches_tracked"]) == 6
+
+
+@pytest.mark.parametrize("mode", ["mixed", "reverse", "graph"])
+@pytest.mark.parametrize("adjoint", ["unrolled", "implicit"])
+def test_hypergradients_with_batchnorm_as_carry(adjoint: str, mode: str) -> None:
+    """Normalised by the batch, the statistics do not enter the loss: they come back right and change no derivative."""
+    net = normalised()
+    xs, ys, xv, yv = torch.randn(3, 8, 3), torch.randint(0, 2, (3, 8)), torch.randn(8, 3), torch.randint(0, 2, (8,))
+    f, before = metacal.functional(net), snapshot(net)
+    cross_entropy = nn.functional.cross_entropy
+
+    def inner(p: Any, h: Any, b: Any, carry: Any) -> tuple[Tensor, Any]:
+        out, carry = f.apply(p, b[0] * h["scale"], carry=carry)
+        return cross_entropy(out, b[1]) + 0.05 * sum(v.square().sum() for v in p.values()), carry
+
+    def outer(p: Any, h: Any, b: Any) -> Tensor:
+        return cross_entropy(f.apply(p, b[0]), b[1])
+
+    if adjoint == "implicit" and mode != "mixed":
+        pytest.skip("an implicit adjoint has no modes")
+    chosen = adjoints.Unrolled(mode=mode) if adjoint == "unrolled" else adjoints.Implicit(linear.Dense())  # type: ignore[arg-type]
+    hparams, batches = {"scale": torch.ones(3)}, list(zip(xs, ys))
+    solver = metacal.descent(inner, optim.sgd(0.1), carry=f.buffers)
+    hg = metacal.hypergradient(outer, solver, chosen)(solver.init(f.params, hparams), hparams, batches, (xv, yv))
+    unchanged(net, before)
+
+    def pure(p: Any, h: Any, b: Any) -> Tensor:
+        return inner(p, h, b, f.buffers)[0]
+
+    h = {"scale": torch.ones(3, requires_grad=True)}
+    if adjoint == "unrolled":
+        w = loop(pure, OPTIMIZERS["sgd"], tree_map(torch.clone, f.params), h, batches)
+        (truth,) = torch.autograd.grad(outer(w, h, (xv, yv)), h["scale"])
+        close(hg.hparams["scale"], truth)
+    else:
+        from problems import direct_solve, implicit_gradient
+
+        w = tree_map(torch.Tensor.detach, loop(pure, OPTIMIZERS["sgd"], tree_map(torch.clone, f.params), h, batches))
+        close(hg.hparams, implicit_gradient(pure, outer, w, h, batches[-1], (xv, yv), direct_solve).hparams, 1e-9)
+    for x, _ in batches:
+        pass
+    reference = copy.deepcopy(net)
+    plain = optim_loop(reference, batches)
+    close(hg.state.carry["1.running_mean"], plain["1.running_mean"], 1e-12)
+    close(hg.state.carry["1.running_var"], plain["1.running_var"], 1e-12)
+
+
+def optim_loop(net: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
+    """The same inner training on the module itself."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y) + 0.05 * sum(p.square().sum() for p in net.parameters())
+        loss.backward()
+        optimizer.step()
+    return net.state_dict()
+
+
+# Activation checkpointing inside the module
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.use_reentrant = nn.Linear(3, 4), nn.Linear(4, 2), use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(lambda z: torch.tanh(self.body(z)), x, use_reentrant=self.use_reentrant))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("input_requires_grad", [False, True])
+@pytest.mark.parametrize("how", ["apply and backward", "func.grad", "hypergradient mixed", "hypergradient graph", "hypergradient implicit", "solve"])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_checkpointing_modules_are_refused(use_reentrant: bool, input_requires_grad: bool, how: str) -> None:
+    f = metacal.functional(Checkpointed(use_reentrant))
+    x = torch.randn(5, 3, requires_grad=input_requires_grad)
+    # In a chain of layers the input of a checkpointed block does require grad: the reentrant kind differentiates only then.
+    inside = (lambda x: x * 1.0) if input_requires_grad else (lambda x: x)
+
+    def loss(p: Any, h: Any, b: Any) -> Tensor:
+        return f.apply(p, inside(h * b.detach()) if input_requires_grad else b).square().mean() * h
+
+    hparam = torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match="checkpoint.*gradient_checkpointing_disable"):
+        if how == "apply and backward":
+            params = {k: v.requires_grad_() for k, v in f.params.items()}
+            loss(params, hparam.requires_grad_(), x).backward()
+        elif how == "func.grad":
+            torch.func.grad(lambda p: loss(p, hparam, x.detach()))(f.params)
+        elif how == "solve":
+            solver = metacal.descent(loss, optim.sgd(0.1))
+            metacal.solve(solver, f.params, hparam.requires_grad_(), [x.detach()])["head.weight"].sum().backward()
+        else:
+            adjoint = {"mixed": adjoints.Unrolled(), "graph": adjoints.Unrolled(mode="graph"), "implicit": adjoints.Implicit(linear.CG(2))}
+            solver = metacal.descent(loss, optim.sgd(0.1))
+            estimate = metacal.hypergradient(loss, solver, adjoint[how.split()[1]])
+            estimate(solver.init(f.params, hparam), hparam, [x.detach()], x.detach())
+
+
