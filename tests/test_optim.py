@@ -110,7 +110,7 @@ def close(a: Any, b: Any, tolerance: float) -> bool:
     return all(x.shape == y.shape and bool(((x - y).abs() <= tolerance * (1 + y.abs())).all()) for x, y in pairs)
 
 
-def difference(f: Callable[[float], float], h: float = 1e-3) -> float:
+def difference(f: Callable[[float], float], h: float = 1e-4) -> float:
     """f'(0) from four values, to h^4."""
     return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
 
@@ -142,8 +142,17 @@ def test_update_leaves_its_input_alone(row: Row) -> None:
     assert close((state, gradient, PARAMS), before, 0)
     assert close(optimizer.update(gradient, state, params=PARAMS, inplace=True), first, 0)
     assert tree.structure(first[1]) == tree.structure(state)
-    assert first[1].count.dtype == torch.int64
-    assert first[1].count == 1
+    assert first[1].step.dtype == torch.int64
+    assert first[1].step == 1
+
+
+@pytest.mark.cuda
+@every_row
+def test_hyperparameters_on_the_cpu_serve_params_on_a_gpu(row: Row) -> None:
+    params = tree.to(PARAMS, "cuda")
+    on_gpu = ours(row.build(row.tensors()), params, objective=lambda p: loss(p, DATA.cuda()))
+    assert close(tree.to(on_gpu, "cpu"), ours(row.build()), 1e-12)
+    optim.probe(lambda h: torchopt.sgd(h["lr"]), {"lr": torch.tensor(0.1, device="cuda")})
 
 
 def test_schedules_are_lambda_lr() -> None:
@@ -198,7 +207,7 @@ def test_adam_in_float32_loses_no_digits_to_its_bias_correction() -> None:
 def test_a_long_run_in_bfloat16_counts_on() -> None:
     params = {"w": torch.ones(1, dtype=torch.bfloat16)}
     optimizer = optim.sgd(lambda t: t)
-    state = optimizer.init(params)._replace(count=torch.tensor(301))
+    state = optimizer.init(params)._replace(step=torch.tensor(301))
     updates, _ = optimizer.update({"w": torch.ones(1, dtype=torch.bfloat16)}, state, params=params)
     assert updates["w"].item() == float(torch.tensor(-301.0).bfloat16())
     assert optim.sgd(lambda t: t - 300).update({"w": torch.ones(1).bfloat16()}, state)[0]["w"].item() == -1.0
@@ -224,6 +233,9 @@ def test_derivatives_by_every_number_are_those_of_a_loop_with_torch_optim(row: R
 
     hyper = row.tensors()
     gradient = grad(unrolled)(hyper)
+    leaves = {k: v.clone().requires_grad_() for k, v in hyper.items()}
+    plain = torch.autograd.grad(unrolled(leaves), list(leaves.values()))
+    assert close(dict(zip(leaves, plain, strict=True)), gradient, 1e-13)
     for name, value in row.hyper.items():
         expected = difference(lambda e, name=name, value=value: independent({**row.hyper, name: value + e}))
         assert abs(expected) > 1e-5, f"{name} has no effect: the test would not see a lost derivative"
@@ -237,13 +249,13 @@ def test_derivatives_by_every_number_are_those_of_a_loop_with_torch_optim(row: R
     def along(s: float) -> float:
         return independent({k: v + s * d[k] for k, v in row.hyper.items()})
 
-    h = 0.02
+    h = 0.005
     second = (16 * (along(h) + along(-h)) - (along(2 * h) + along(-2 * h)) - 30 * along(0.0)) / (12 * h * h)
     direction = {k: torch.tensor(v, dtype=F64) for k, v in d.items()}
     forward_over_reverse = tree.vdot(jvp(grad(unrolled), (hyper,), (direction,))[1], direction)
     assert abs(float(forward_over_reverse) - second) <= 2e-6 * (1 + abs(second))
-    twice = torch.autograd.functional.hvp(lambda *x: unrolled(dict(zip(hyper, x, strict=True))), tuple(hyper.values()), tuple(direction.values()))
-    assert abs(float(tree.vdot(list(twice[1]), list(direction.values()))) - second) <= 2e-6 * (1 + abs(second))
+    twice = grad(lambda x: tree.vdot(grad(unrolled)(x), direction))(hyper)
+    assert abs(float(tree.vdot(twice, direction)) - second) <= 2e-6 * (1 + abs(second))
 
 
 @every_row
@@ -281,21 +293,28 @@ def test_vmap_equals_a_loop(row: Row) -> None:
             assert close(vmap(g)(scales), expected, 1e-13), f.__name__
 
 
-@pytest.mark.parametrize(("name", "backend"), [*((n, "aot_eager") for n in ("nesterov", "adam", "adagrad")), ("rmsprop, centered", "inductor")])
-def test_compiled_equals_eager(name: str, backend: str) -> None:
-    row = ROWS[name]
-    hyper, state = row.tensors(), row.build().init(PARAMS)
+@pytest.mark.parametrize(("name", "backend"), [("adam", "aot_eager"), ("momentum", "inductor")])
+def test_a_compiled_step_equals_the_eager_one(name: str, backend: str) -> None:
+    row, clip = ROWS[name], optim.clip_by_global_norm(0.5)
 
     def step(params: Any, state: Any, hyper: Any) -> Any:
-        optimizer = optim.chain(optim.clip_by_global_norm(0.5), optim.resolve(row.build, hyper))
-        updates, (_, state) = optimizer.update(grad(loss)(params), (optim.clip_by_global_norm(0.5).init(params), state), params=params)
+        optimizer = optim.chain(clip, optim.resolve(row.build, hyper))
+        updates, state = optimizer.update(grad(loss)(params), state, params=params)
         return optim.apply_updates(params, updates), state
 
-    def hypergradient(params: Any, state: Any, hyper: Any) -> Any:
-        return step(params, state, hyper), grad(lambda h: outer(step(*step(params, state, h), h)[0]))(hyper)
+    params, state = PARAMS, optim.chain(clip, row.build()).init(PARAMS)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for _ in range(2):
+        expected = step(params, state, row.tensors())
+        assert close(compiled(params, state, row.tensors()), expected, 1e-13)
+        params, state = expected
 
-    compiled = torch.compile(hypergradient, fullgraph=True, backend=backend)
-    assert close(compiled(PARAMS, state, hyper), hypergradient(PARAMS, state, hyper), 1e-12)
+
+def test_a_compiled_hypergradient_equals_the_eager_one() -> None:
+    row = ROWS["nesterov"]
+    hypergradient = grad(lambda hyper: outer(ours(row.build(hyper), steps=2)))
+    compiled = torch.compile(hypergradient, fullgraph=True, backend="aot_eager")
+    assert close(compiled(row.tensors()), hypergradient(row.tensors()), 1e-12)
 
 
 ADAPTIVE = {
@@ -345,7 +364,7 @@ def test_a_nan_stays_a_nan(row: Row) -> None:
         updates, state = optimizer.update(gradient, state, params=params)
         assert updates["w"].isnan().tolist() == [False, True, False]
         assert not updates["b"].isnan()
-        gradient = tree.zeros_like(gradient) if state.count == 1 and len(tree.leaves(state)) > 1 else gradient  # it stays in the state
+        gradient = tree.zeros_like(gradient) if state.step == 1 and len(tree.leaves(state)) > 1 else gradient  # it stays in the state
     through = grad(lambda g: optimizer.update({"w": g, "b": PARAMS["b"]}, optimizer.init(PARAMS), params=PARAMS)[0]["w"].square().sum())
     assert through(torch.tensor([1.0, math.nan, 0.5], dtype=F64)).isnan().tolist() == [False, True, False]
 
@@ -394,14 +413,13 @@ def test_clipping_a_zero_or_broken_gradient() -> None:
     assert close(jacrev(update)(torch.zeros(2, dtype=F64)), torch.eye(2, dtype=F64), 0)
     assert update(torch.tensor([1.0, math.nan])).isnan().all()
     by_schedule = optim.clip_by_global_norm(lambda t: 1.0 + t)
-    state = by_schedule.init(torch.ones(1))._replace(count=torch.tensor(2))
+    state = by_schedule.init(torch.ones(1))._replace(step=torch.tensor(2))
     assert by_schedule.update(torch.tensor([10.0]), state)[0].item() == pytest.approx(3.0, rel=1e-6)
 
 
 def test_chains_of_ours_are_ours() -> None:
     clip, sgd = optim.clip_by_global_norm(1.0), optim.sgd(0.1)
     assert isinstance(optim.chain(clip, sgd), optim.DifferentiableTransformation)
-    assert isinstance(clip.chain(sgd), optim.DifferentiableTransformation)
     assert not isinstance(optim.chain(clip, torchopt.sgd(0.1)), optim.DifferentiableTransformation)
     assert isinstance(optim.chain(clip, torchopt.sgd(0.1)), optim.GradientTransformation)
 
@@ -510,13 +528,14 @@ def test_each_foreign_optimizer_is_probed_once_and_not_kept_alive() -> None:
     assert len(optim.foreign._verdicts) == verdicts - 1
 
 
-def test_ours_are_never_probed() -> None:
+@pytest.mark.parametrize("join", [torchopt.chain, optim.chain, lambda a, b: a.chain(b)])
+def test_ours_are_never_probed(join: Callable[..., Any]) -> None:
     calls = 0
 
     def factory(hparams: Any) -> Any:
         nonlocal calls
         calls += 1
-        return torchopt.chain(optim.clip_by_global_norm(1.0), optim.sgd(hparams["lr"]))
+        return join(optim.clip_by_global_norm(1.0), optim.sgd(hparams["lr"]))
 
     optim.resolve(factory, LR)
     assert calls == 1

@@ -60,9 +60,7 @@ class Augmentation:
 
 _DRAWN = Augmentation(crop=(0.5, 1.0), degrees=15, translate=0.1, zoom=(0.8, 1.1), brightness=0.4, contrast=0.4)
 # The colour transformations of SimCLR at strength 0.5, as published code uses on CIFAR.
-_CIFAR = Augmentation(
-    crop=(0.2, 1.0), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8, grayscale=0.2
-)
+_CIFAR = Augmentation(crop=(0.2, 1.0), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8, grayscale=0.2)
 
 AUGMENTATIONS: Mapping[str, Augmentation] = MappingProxyType(
     {
@@ -93,7 +91,6 @@ def augmenter(augmentation: str | Augmentation, image_size: int, channels: int) 
     Raises:
         ValueError: an unknown name, colour transformations for grey images, or a batch of another shape or dtype.
 
-    >>> import torch
     >>> augment = augmenter("digits", image_size=8, channels=1)
     >>> augment(torch.rand(4, 1, 8, 8)).shape
     torch.Size([4, 1, 8, 8])
@@ -165,7 +162,6 @@ def views(x: Tensor, augment: Callable[[Tensor], Tensor], num_views: int) -> Ten
     Raises:
         ValueError: ``num_views`` is below 1.
 
-    >>> import torch
     >>> views(torch.rand(4, 1, 8, 8), augmenter("digits", 8, 1), num_views=2).shape
     torch.Size([4, 2, 1, 8, 8])
     """

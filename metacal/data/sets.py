@@ -74,7 +74,7 @@ def _root(name: str, root: str | os.PathLike[str] | None) -> Path:
     if not where:
         raise FileNotFoundError(
             f"`root`, the folder with the files of {name!r}, is not known. Set the environment variable METACAL_DATA (or pass "
-            "`root`) to the folder that holds them, and add download=True to fetch them there. The set \"digits\" needs no files."
+            '`root`) to the folder that holds them, and add download=True to fetch them there. The set "digits" needs no files.'
         )
     return Path(where).expanduser()
 

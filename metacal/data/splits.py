@@ -44,7 +44,9 @@ def split_per_class(images: Images, sizes: Sequence[int], seed: int) -> tuple[Im
     parts: list[list[Tensor]] = [[] for _ in sizes]
     for label, members in _shuffled_classes(images.labels, seed):
         if len(members) < sum(sizes):
-            raise ValueError(f"`sizes` = {tuple(sizes)} needs {sum(sizes)} images per class; class {label} has {len(members)}. Ask for fewer.")
+            raise ValueError(
+                f"`sizes` = {tuple(sizes)} needs {sum(sizes)} images per class; class {label} has {len(members)}. Ask for fewer."
+            )
         for part, chosen in zip(parts, members[: sum(sizes)].split(list(sizes)), strict=True):
             part.append(chosen)
     return tuple(images.select(torch.cat(part).sort().values) for part in parts)

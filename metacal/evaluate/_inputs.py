@@ -45,7 +45,7 @@ def comparable(train: Tensor, train_labels: Tensor, name: str, other: Tensor, ot
 def several_classes(train_labels: Tensor) -> None:
     """Raises ValueError if there is nothing to tell apart."""
     if (train_labels == train_labels[0]).all():
-        raise ValueError(f"`train_labels` should hold at least 2 classes, got only class {train_labels[0].item()}. Are the rows sorted and cut?")
+        raise ValueError(f"`train_labels` should hold at least 2 classes, got only class {train_labels[0].item()}. Shuffle before cutting.")
 
 
 def warn_if_collapsed(train: Tensor) -> None:

@@ -39,12 +39,14 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
     Raises:
         ValueError: lengths that differ, fewer than 2 pairs, or NaN or inf among them.
 
-    >>> paired_interval([0.9, 0.8], [0.8, 0.7]).mean
-    0.1
+    >>> paired_interval([0.875, 0.75], [0.75, 0.625]).mean
+    0.125
     """
     x, y = _values("a", a), _values("b", b)
     if len(x) != len(y):
-        raise ValueError(f"`a` and `b` should be of one length, one pair per seed; got {len(x)} and {len(y)}. Keep the seeds that both have.")
+        raise ValueError(
+            f"`a` and `b` should be of one length, one pair per seed; got {len(x)} and {len(y)}. Keep the seeds that both have."
+        )
     return mean_interval((x - y).tolist())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -38,6 +37,7 @@ def knn(
     Raises:
         ValueError: NaN features, negative labels, test classes that the training set lacks, a single class, ``k`` out of range.
 
+    >>> import torch
     >>> train = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> knn(train, torch.tensor([0, 1]), torch.tensor([[0.9, 0.1]]), torch.tensor([0]), k=1)
     1.0

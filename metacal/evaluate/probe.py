@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from metacal.evaluate._inputs import comparable, labelled, several_classes, warn_if_collapsed
@@ -14,7 +15,7 @@ from metacal.evaluate._inputs import comparable, labelled, several_classes, warn
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """The default grid of L2 strengths, relative to the mean loss."""
 
-_THREADS = 4  # small matrices: more threads only wait for each other
+_THREADS = 4  # at most, and never more than torch uses: on small matrices threads wait for each other
 
 
 class ProbeResult(NamedTuple):
@@ -58,12 +59,13 @@ def linear_probe(
         max_iterations: of LBFGS, per fit.
         seed: of the validation split; nothing else is random.
 
-    Cost on one CPU core: COST
+    Cost on one CPU core: 4,000 x 64 features of 10 classes take about 1 s, 4,000 x 784 pixels 9 s. Work grows with the number of
+    classes: the 659 of Omniglot (9,226 x 64) take 20 s to a minute *per strength*. Prefer :func:`knn` there (1 s), or pass a short
+    grid and ``validation`` drawn per class: ``strengths=(1e-2, 1e-3)``.
 
     Raises:
         ValueError: NaN features, negative labels, a single class, a class that is missing from the training rows or too small to split.
 
-    >>> import torch
     >>> x = torch.cat([torch.randn(50, 2) - 3, torch.randn(50, 2) + 3])
     >>> y = torch.arange(100) // 50
     >>> linear_probe(x, y, x, y).accuracy
@@ -128,7 +130,7 @@ def _fit_path(
     x, x_judged = scaler.transform(x), scaler.transform(x_judged)
     model = LogisticRegression(max_iter=max_iterations, warm_start=True)
     accuracies = {}
-    with threadpool_limits(_THREADS, user_api="blas"), warnings.catch_warnings(record=True) as caught:
+    with threadpool_limits(min(_THREADS, torch.get_num_threads()), user_api="blas"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for strength in strengths:
             model.set_params(C=1 / (strength * len(x))).fit(x, y)

@@ -166,7 +166,7 @@ def _finding(optimizer: Optimizer, hparams: Tree, gradient_size: float) -> str |
 
 def _wrong_derivative(outputs: Callable[[dict[str, Tree]], list[Tensor]], inputs: dict[str, Tree]) -> str | None:
     """The first input by which vjp and central differences disagree, in a direction relative to its values."""
-    values, pull = torch.func.vjp(outputs, inputs)
+    values, pull = torch.func.vjp(outputs, inputs)[:2]
     # Scaled to equal size, an update of 1e-3 counts as much as a second moment of 1e12 beside it.
     weights = [_numbers(i, v.shape, v.device) / (1e-30 + v.abs().max()) for i, v in enumerate(values)]
     (cotangents,) = pull(weights)
@@ -205,6 +205,4 @@ def _stand_in(leaf: Any) -> Any:
 
 def _equal(a: Tree, b: Tree) -> bool:
     pairs = zip(tree.leaves(a), tree.leaves(b), strict=True)
-    return all(
-        torch.allclose(_plain(x), _plain(y), rtol=0, atol=0, equal_nan=True) if isinstance(x, Tensor) else x == y for x, y in pairs
-    )
+    return all(torch.allclose(_plain(x), _plain(y), rtol=0, atol=0, equal_nan=True) if isinstance(x, Tensor) else x == y for x, y in pairs)

@@ -18,7 +18,7 @@ from metacal.optim.transformation import DifferentiableTransformation, Hyperpara
 
 
 class SGDState(NamedTuple):
-    count: Tensor
+    step: Tensor
     momentum: Tree
 
 
@@ -52,24 +52,24 @@ def sgd(
             "Set momentum (0.9 is usual) and leave dampening at 0."
         )
 
-    def init(params: Tree, count: Tensor) -> SGDState:
-        return SGDState(count, tree.zeros_like(params) if with_momentum else ())
+    def init(params: Tree, step: Tensor) -> SGDState:
+        return SGDState(step, tree.zeros_like(params) if with_momentum else ())
 
     def rule(t: Tensor, g: Tree, w: Tree | None, state: SGDState) -> tuple[Tree, SGDState]:
         eta, mu, tau, decay = at(t, lr, momentum, dampening, weight_decay)
         g = _plus_decay(g, decay, w)
         if not with_momentum:
-            return tree.scale(-eta, g), SGDState(state.count + 1, ())
-        keep = torch.where(t == 0, torch.ones_like(t), 1 - tau)
+            return tree.scale(-eta, g), SGDState(state.step + 1, ())
+        keep = 1 - tau * t.clamp(max=1)  # all of the first gradient
         m = tree.map(lambda m, g: mu * m + keep * g, state.momentum, g)
         direction = tree.axpy(mu, m, g) if nesterov else m
-        return tree.scale(-eta, direction), SGDState(state.count + 1, m)
+        return tree.scale(-eta, direction), SGDState(state.step + 1, m)
 
     return transformation(init, rule)
 
 
 class AdamState(NamedTuple):
-    count: Tensor
+    step: Tensor
     mean: Tree
     square: Tree
 
@@ -135,8 +135,8 @@ def _adam(
     checked("lr", lr), checked("eps", eps), checked("weight_decay", weight_decay)
     checked("betas[0]", betas[0], high=1.0), checked("betas[1]", betas[1], high=1.0)
 
-    def init(params: Tree, count: Tensor) -> AdamState:
-        return AdamState(count, tree.zeros_like(params), tree.zeros_like(params))
+    def init(params: Tree, step: Tensor) -> AdamState:
+        return AdamState(step, tree.zeros_like(params), tree.zeros_like(params))
 
     def rule(t: Tensor, g: Tree, w: Tree | None, state: AdamState) -> tuple[Tree, AdamState]:
         eta, beta1, beta2, epsilon, decay = at(t, lr, *betas, eps, weight_decay)
@@ -145,16 +145,16 @@ def _adam(
         m = tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mean, g)
         v = tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.square, g)
         c1, c2 = _one_minus_power(beta1, t + 1), _one_minus_power(beta2, t + 1)
-        step = tree.map(lambda m, v: (m / c1) / (_sqrt(v / c2) + epsilon), m, v)
+        direction = tree.map(lambda m, v: (m / c1) / (_sqrt(v / c2) + epsilon), m, v)
         if decoupled:
-            step = _plus_decay(step, decay, w)
-        return tree.scale(-eta, step), AdamState(state.count + 1, m, v)
+            direction = _plus_decay(direction, decay, w)
+        return tree.scale(-eta, direction), AdamState(state.step + 1, m, v)
 
     return transformation(init, rule)
 
 
 class RMSpropState(NamedTuple):
-    count: Tensor
+    step: Tensor
     square: Tree
     mean: Tree
     momentum: Tree
@@ -186,11 +186,9 @@ def rmsprop(
     checked("weight_decay", weight_decay), checked("momentum", momentum)
     with_momentum = not is_off(momentum)
 
-    def init(params: Tree, count: Tensor) -> RMSpropState:
+    def init(params: Tree, step: Tensor) -> RMSpropState:
         zeros = tree.zeros_like
-        return RMSpropState(
-            count, zeros(params), zeros(params) if centered else (), zeros(params) if with_momentum else ()
-        )
+        return RMSpropState(step, zeros(params), zeros(params) if centered else (), zeros(params) if with_momentum else ())
 
     def rule(t: Tensor, g: Tree, w: Tree | None, state: RMSpropState) -> tuple[Tree, RMSpropState]:
         eta, a, epsilon, decay, mu = at(t, lr, alpha, eps, weight_decay, momentum)
@@ -198,15 +196,15 @@ def rmsprop(
         v = tree.map(lambda v, g: a * v + (1 - a) * g * g, state.square, g)
         mean = tree.map(lambda mean, g: a * mean + (1 - a) * g, state.mean, g) if centered else ()
         variance = tree.map(lambda v, mean: v - mean * mean, v, mean) if centered else v
-        step = tree.map(lambda g, variance: g / (_sqrt(variance) + epsilon), g, variance)
-        m = tree.axpy(mu, state.momentum, step) if with_momentum else ()
-        return tree.scale(-eta, m if with_momentum else step), RMSpropState(state.count + 1, v, mean, m)
+        direction = tree.map(lambda g, variance: g / (_sqrt(variance) + epsilon), g, variance)
+        m = tree.axpy(mu, state.momentum, direction) if with_momentum else ()
+        return tree.scale(-eta, m if with_momentum else direction), RMSpropState(state.step + 1, v, mean, m)
 
     return transformation(init, rule)
 
 
 class AdagradState(NamedTuple):
-    count: Tensor
+    step: Tensor
     sum: Tree
 
 
@@ -234,22 +232,22 @@ def adagrad(
     checked("lr", lr), checked("lr_decay", lr_decay), checked("weight_decay", weight_decay)
     checked("initial_accumulator_value", initial_accumulator_value), checked("eps", eps)
 
-    def init(params: Tree, count: Tensor) -> AdagradState:
-        (start,) = at(count, initial_accumulator_value)
-        return AdagradState(count, tree.map(lambda p: (torch.zeros_like(p) + start).to(p.dtype), params))
+    def init(params: Tree, step: Tensor) -> AdagradState:
+        (start,) = at(step, initial_accumulator_value)
+        return AdagradState(step, tree.map(lambda p: (torch.zeros_like(p) + start).to(p.dtype), params))
 
     def rule(t: Tensor, g: Tree, w: Tree | None, state: AdagradState) -> tuple[Tree, AdagradState]:
         eta, fade, decay, epsilon = at(t, lr, lr_decay, weight_decay, eps)
         g = _plus_decay(g, decay, w)
         s = tree.map(lambda s, g: s + g * g, state.sum, g)
         rate = eta / (1 + t * fade)
-        return tree.map(lambda g, s: -rate * (g / (_sqrt(s) + epsilon)), g, s), AdagradState(state.count + 1, s)
+        return tree.map(lambda g, s: -rate * (g / (_sqrt(s) + epsilon)), g, s), AdagradState(state.step + 1, s)
 
     return transformation(init, rule)
 
 
 class ClipState(NamedTuple):
-    count: Tensor
+    step: Tensor
 
 
 def clip_by_global_norm(max_norm: Hyperparameter) -> DifferentiableTransformation:
@@ -270,9 +268,9 @@ def clip_by_global_norm(max_norm: Hyperparameter) -> DifferentiableTransformatio
     def rule(t: Tensor, g: Tree, w: Tree | None, state: ClipState) -> tuple[Tree, ClipState]:
         (limit,) = at(t, max_norm)
         coefficient = (limit / (tree.norm(g) + 1e-6)).clamp(max=1.0)
-        return tree.scale(coefficient, g), ClipState(state.count + 1)
+        return tree.scale(coefficient, g), ClipState(state.step + 1)
 
-    return transformation(lambda params, count: ClipState(count), rule)
+    return transformation(lambda params, step: ClipState(step), rule)
 
 
 def _plus_decay(x: Tree, decay: Any, w: Tree | None) -> Tree:

@@ -19,7 +19,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.simplefilter("ignore", FutureWarning)
     import torchopt
-    from torchopt.base import ChainedGradientTransformation, GradientTransformation
+    from torchopt.base import ChainedGradientTransformation
+    from torchopt.base import GradientTransformation as GradientTransformation
 
 Hyperparameter: TypeAlias = "float | Tensor | Callable[[Tensor], float | Tensor]"
 """A number, a 0-dim tensor, or a schedule: ``step count -> value``.
@@ -31,10 +32,6 @@ so that ``lambda t: 0.1 * 0.9**t`` loses no digits; write ``rates[t.long()]`` to
 
 class DifferentiableTransformation(GradientTransformation):
     """A ``torchopt`` transformation known to be a pure, differentiable function: it needs no probe."""
-
-    def chain(self, next: GradientTransformation) -> GradientTransformation:
-        """``chain(self, next)``."""
-        return chain(self, next)
 
 
 def is_differentiable(transformation: GradientTransformation) -> bool:
@@ -66,7 +63,7 @@ Rule: TypeAlias = Callable[[Tensor, Tree, "Tree | None", Any], tuple[Tree, Any]]
 
 
 def transformation(init: Callable[[Tree, Tensor], Any], rule: Rule) -> DifferentiableTransformation:
-    """Makes torchopt's pair of ``init(params, count)`` and a rule; a state is a NamedTuple whose first field is ``count``."""
+    """Makes torchopt's pair of ``init(params, step)`` and a rule; ``state.step`` counts the steps taken, in int64."""
 
     def init_fn(params: Tree) -> Any:
         leaves = tree.leaves(params)
@@ -81,7 +78,7 @@ def transformation(init: Callable[[Tree, Tensor], Any], rule: Rule) -> Different
     def update_fn(updates: Tree, state: Any, *, params: Tree | None = None, inplace: bool = True) -> tuple[Tree, Any]:
         # At least float32: bfloat16 cannot count beyond 256.
         precision = reduce(torch.promote_types, (g.dtype for g in tree.leaves(updates)), torch.float32)
-        new_updates, new_state = rule(state.count.to(precision), updates, params, state)
+        new_updates, new_state = rule(state.step.to(precision), updates, params, state)
         return _in_precision_of(updates, new_updates), _in_precision_of(state, new_state)
 
     return DifferentiableTransformation(init_fn, update_fn)
@@ -94,12 +91,12 @@ def _in_precision_of(like: Tree, value: Tree) -> Tree:
 
 def at(t: Tensor, *hyperparameters: Hyperparameter) -> tuple[Any, ...]:
     """The values of hyperparameters at step ``t``: schedules are evaluated."""
-    return tuple(h(t) if not isinstance(h, (Real, Tensor)) else h for h in hyperparameters)
+    return tuple(h(t) if callable(h) else h for h in hyperparameters)
 
 
 def is_off(hyperparameter: Hyperparameter) -> bool:
     """Whether a hyperparameter is the number 0: what it switches on needs no state. (A tensor's value is not looked at.)"""
-    return isinstance(hyperparameter, Real) and hyperparameter == 0
+    return isinstance(hyperparameter, (int, float)) and hyperparameter == 0
 
 
 def checked(name: str, value: Any, *, low: float = 0.0, high: float = float("inf")) -> Any:
@@ -115,7 +112,8 @@ def checked(name: str, value: Any, *, low: float = 0.0, high: float = float("inf
             )
         return value
     if isinstance(value, Real):
-        if not low <= value <= high or value == high != float("inf"):
+        number = float(value)
+        if not low <= number <= high or number == high != float("inf"):
             bound = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g})"
             raise ValueError(f"`{name}` should be {bound}, got {value}.")
         return value

@@ -24,8 +24,8 @@ from metacal.tc2.calibrate import TopK as TopK
 from metacal.tc2.calibrate import VacuousReconstructionWarning as VacuousReconstructionWarning
 from metacal.tc2.calibrate import check_num_factors as check_num_factors
 from metacal.tc2.conflict import Conflict as Conflict
-from metacal.tc2.conflict import measure_conflict as measure_conflict
 from metacal.tc2.conflict import cosines as cosines
+from metacal.tc2.conflict import measure_conflict as measure_conflict
 from metacal.tc2.conflict import monitors as monitors
 from metacal.tc2.conflict import pcgrad as pcgrad
 from metacal.tc2.conflict import transfer_matrix as transfer_matrix

@@ -214,7 +214,8 @@ class PCA(Calibrator):
         check_num_factors(self.n_f, Z.shape[-1], sparse=True)
         Z = _at_least_float32(Z.detach()).flatten(end_dim=-2)  # [R, d]
         # eigh of the Gram matrix and not svd of Z: it has d eigenvectors however few samples there are, in ascending order.
-        return torch.linalg.eigh(Z.mT @ Z).eigenvectors[:, -self.n_f :].flip(-1).detach()
+        V: Tensor = torch.linalg.eigh(Z.mT @ Z).eigenvectors[:, -self.n_f :].flip(-1)
+        return V
 
     def weights(self, phi: Tree, z: Tensor, V: Tensor) -> Tensor:
         """w [..., n_f], the minimiser of the stable loss's per-sample terms for orthonormal V."""

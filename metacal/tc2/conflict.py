@@ -155,7 +155,7 @@ def near_zero_share(w: Tensor, relative: float = 0.01) -> Tensor:
 
 def gram(gradients: Tree | list[Tree]) -> Tensor:
     """G[i, j] = <g_i, g_j> [K, K], over all leaves together."""
-    rows = [leaf.flatten(start_dim=1) for leaf in tree.leaves(_stacked(gradients))]  # each [K, elements of the leaf]
+    rows = [leaf.reshape(len(leaf), -1) for leaf in tree.leaves(_stacked(gradients))]  # each [K, elements of the leaf]
     return torch.stack([g @ g.mT for g in rows]).sum(0)
 
 

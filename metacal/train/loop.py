@@ -96,6 +96,7 @@ def fit(
         for step in range(start, num_steps):
             state, metrics = step_fn(state, step)
             unread.append((step, _detached(metrics)))
+            del metrics  # or this step's graph would live on through the next
             bar.update()
             done = step + 1
             stopping = received()

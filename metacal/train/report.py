@@ -203,8 +203,8 @@ def _draw_matrix(matrix: Matrix) -> Figure:
         image = axes.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest)
         figure.colorbar(image, shrink=0.8).outline.set_visible(False)
         axes.set(xlabel=matrix.x_label, ylabel=matrix.y_label)
-        axes.set_xticks(range(num_columns), matrix.columns or range(1, num_columns + 1))
-        axes.set_yticks(range(num_rows), matrix.rows or range(1, num_rows + 1))
+        axes.set_xticks(range(num_columns), matrix.columns or [str(i + 1) for i in range(num_columns)])
+        axes.set_yticks(range(num_rows), matrix.rows or [str(i + 1) for i in range(num_rows)])
         axes.tick_params(length=0)
         for (row, column), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.6 * largest else "black"

@@ -1,0 +1,77 @@
+"""What is measured while a method trains: conflict and transfer between tasks, the calibration, and collapse."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metacal import operators, tree
+from metacal.inner import descent, repeat, run
+from metacal.optim import sgd
+from metacal.tc2.calibrate import Identity
+from metacal.tc2.conflict import cosines, measure_conflict, monitors, transfer_matrix
+from metacal.tc2.method import MethodState
+from metacal.tc2.problem import Batch, Problem, Views
+
+
+class Measurement(NamedTuple):
+    """Attributes:
+    cosines: [K, K] between the tasks' support gradients at theta.
+    transfer: [K, K], T(i -> j) = l_j^q(theta) - l_j^q(theta'_i): positive where a step on task i helps task j.
+    scalars: conflict rate and severity, the same for a re-split of the same batch (a random split's conflict is largely
+        sampling noise: this is its baseline), mean transfer to other tasks, and the calibration's errors and sparsity.
+    """
+
+    cosines: Tensor
+    transfer: Tensor
+    scalars: dict[str, Tensor]
+
+
+def measure(problem: Problem, state: MethodState, views: Tensor, *, lr: float = 0.05, steps: int = 1) -> Measurement:
+    """Measures a batch [N, m, C, H, W] without changing the state or torch's generators' course.
+
+    Args:
+        lr, steps: the adaptation theta'_i of the transfer matrix.
+
+    Cost: 2 K gradients, K runs of ``steps``, K (K + 1) query losses.
+    """
+    with torch.random.fork_rng(devices=[views.device] if views.is_cuda else []):
+        batch = problem.batch(views, state.target)
+        again = problem.batch(views, state.target)
+    V = views.new_zeros(())
+    scalars: dict[str, Tensor] = {}
+    if not isinstance(problem.calibrator, Identity):
+        Z = problem.represent(state.theta, views).flatten(0, -2)
+        V = problem.calibrator.factors(state.phi, Z).detach()
+        scalars |= monitors(Z, V, problem.calibrator.weights(state.phi, Z, V))
+    K = problem.num_tasks
+
+    def loss(theta: object, _: object, task: Views) -> Tensor:
+        return problem.loss(theta, state.phi, V, task)
+
+    def task(side: Views, k: int) -> Views:
+        return tree.index(side, k)
+
+    def gradients(split: Batch) -> Tensor:
+        each = [operators.value_and_grad(lambda theta, k=k: (loss(theta, {}, task(split.support, k)), None), state.theta)[2][0] for k in range(K)]
+        return cosines(each)
+
+    solver = descent(loss, sgd(lr))
+    start = solver.init(state.theta, {})
+    adapted = [run(solver, start, {}, repeat(task(batch.support, k), steps)).params for k in range(K)]
+    before = torch.stack([loss(state.theta, {}, task(batch.query, j)) for j in range(K)]).detach()
+    after = torch.stack([torch.stack([loss(theta, {}, task(batch.query, j)) for j in range(K)]) for theta in adapted]).detach()
+    here, there = gradients(batch), gradients(again)
+    transfer = transfer_matrix(before, after)
+    (rate, severity), (baseline_rate, baseline_severity) = measure_conflict(here), measure_conflict(there)
+    scalars |= {
+        "conflict_rate": rate,
+        "conflict_severity": severity,
+        "resplit_conflict_rate": baseline_rate,
+        "resplit_conflict_severity": baseline_severity,
+    }
+    if K > 1:
+        scalars["transfer_to_others"] = (transfer.sum() - transfer.trace()) / (K * (K - 1))
+    return Measurement(here, transfer, scalars)

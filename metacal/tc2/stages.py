@@ -1,0 +1,219 @@
+"""TC²'s two-stage bi-level optimisation, in both readings: compositions of the library's pieces, nothing else.
+
+Reading ``paper`` [S]:
+
+    stage 1, theta fixed:  phi'  = phi - a1 grad_phi [ mean_k l_k^s(theta, phi) + L_tc2(phi) ]          J1 steps
+                           phi   moves along grad_phi [ mean_k l_k^q(theta, phi') + L_tc2(phi') ]
+    stage 2, phi fixed:    theta'_k = theta - a2 grad_theta l_k^s(theta, phi)   for every task          J2 steps
+                           theta moves along grad_theta mean_k sum_j P[k, j] l_j^q(theta'_k, phi)
+
+Reading ``lookahead`` [O], the hypergradient of the calibrator through the encoder:
+
+    theta+ = theta - a grad_theta mean_k l_k^s(theta, phi)                                              J steps
+    phi    moves along d/d phi [ mean_k l_k^q(theta+(phi), phi) + L_tc2(phi) ]
+    theta  moves along grad_theta mean_k l_k^s(theta, phi)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metacal import operators, tree
+from metacal._typing import Objective, Tree
+from metacal.adjoints import Adjoint, FirstOrder, Unrolled
+from metacal.bilevel import BilevelOptimizer, BilevelState, meta_initialisation, nested
+from metacal.inner import InnerSolver, descent, proximal, repeat
+from metacal.optim import GradientTransformation, sgd
+from metacal.tc2.calibrate import Identity
+from metacal.tc2.losses import CalibrationLoss, stable
+from metacal.tc2.method import Method, MethodState, descend, initial, moved
+from metacal.tc2.pairing import judged, pairing_matrix
+from metacal.tc2.problem import Problem, Views, mean_over_tasks, per_task
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The inner run of a stage: ``steps`` of SGD at ``lr``, differentiated by ``adjoint``.
+
+    ``strength`` ties the inner solution to where it starts, + strength/2 |w - w_0|^2 (iMAML): what an implicit adjoint needs
+    where the initial params are the variable (both stages of reading ``paper``).
+    """
+
+    lr: float
+    steps: int = 1
+    adjoint: Adjoint = Unrolled()
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.lr < 0:
+            raise ValueError(f"`steps` and `lr` should not be negative, got {self.steps} and {self.lr}.")
+
+    def meta(self, outer: Objective, inner: Objective, optimizer: GradientTransformation, tasks: Literal["one", "loop", "vmap"]) -> BilevelOptimizer:
+        """The stage as the meta-learning of an initialisation."""
+        return meta_initialisation(outer, self.solver(inner), self.adjoint, optimizer, tasks=tasks)
+
+    def solver(self, inner: Objective) -> InnerSolver:
+        """The inner solver of an objective."""
+        if self.strength is None:
+            return descent(inner, sgd(self.lr))
+        return proximal(inner, sgd(self.lr), self.strength, anchor=lambda start: start)
+
+
+class _Calibration(NamedTuple):
+    """What stage 1 reads: representations [K, n, m, d] of support and query, and the target's; Z is all of them."""
+
+    support: Views
+    query: Views
+    Z: Tensor
+
+
+def paper(
+    problem: Problem,
+    optimizer: GradientTransformation,
+    calibrator_optimizer: GradientTransformation,
+    *,
+    calibration: CalibrationLoss | None = None,
+    calibrator_stage: Stage = Stage(lr=1e-2),
+    encoder_stage: Stage = Stage(lr=0.05),
+    pairing: str | Tensor = "own",
+    warmup: int = 0,
+    tasks: Literal["loop", "vmap"] = "loop",
+) -> Method:
+    """TC² as the summary describes it [S]; with the ``Identity`` calibrator it is tasks without calibration (control 3).
+
+    V is computed once per iteration and detached in stage 2. Stage 1 works on representations: it needs no encoder backward.
+
+    Args:
+        optimizer, calibrator_optimizer: the outer steps on theta and phi.
+        calibration: L_tc2, the stable form by default.
+        calibrator_stage, encoder_stage: the inner runs (a1, J1) and (a2, J2).
+        pairing: whose query losses judge theta'_k: a name or a row-stochastic [K, K] matrix.
+        warmup: iterations at the start without calibration [O].
+        tasks: run stage 2's tasks in a loop or under vmap; measure which is faster.
+    """
+    calibration = stable() if calibration is None else calibration
+    judges, weights = judged(pairing_matrix(pairing, problem.num_tasks))
+    without = replace(problem, calibrator=Identity())
+
+    def init() -> MethodState:
+        return initial(problem, optimizer, calibrator_optimizer)
+
+    def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
+        now = without if int(state.step) < warmup else problem
+        support, query = problem.batch(views, state.target)
+        metrics: dict[str, Tensor] = {}
+        V = views.new_zeros(())  # the identity reads no factors
+        if not isinstance(now.calibrator, Identity):
+            represented = _represented(now, state.theta, support, query)
+            if tree.leaves(state.phi):
+                state, metrics = calibrate(state, represented)
+            V = now.calibrator.factors(state.phi, represented.Z).detach()
+
+        def inner(theta: Tree, _: Tree, task: Views) -> Tensor:
+            return now.loss(theta, state.phi, V, task)
+
+        def outer(theta: Tree, _: Tree, judgement: tuple[Views, Tensor]) -> Tensor:
+            judging, weight = judgement  # the J tasks that judge this one
+            return (weight * per_task(lambda task: now.loss(theta, state.phi, V, task), judging)).sum()
+
+        stage = encoder_stage.meta(outer, inner, optimizer, tasks)
+        judging = tree.map(lambda x: x[judges.to(x.device)], query)
+        after, hg = stage.step(
+            BilevelState(stage.init(state.theta, {}).inner, {}, state.theta_opt, (), state.step),
+            repeat(support, encoder_stage.steps),
+            (judging, weights.to(views)),
+        )
+        metrics |= {"loss": hg.value, "first_bad_step": hg.stats.get("first_bad_step", torch.tensor(-1))}
+        state = state._replace(theta=after.inner.params, theta_opt=after.opt_state)
+        return moved(problem, state), metrics
+
+    def calibrate(state: MethodState, represented: _Calibration) -> tuple[MethodState, dict[str, Tensor]]:
+        def objective(phi: Tree, Z: Tensor, views: Views) -> Tensor:
+            V = problem.calibrator.factors(phi, Z)
+            ssl = mean_over_tasks(per_task(lambda task: problem.loss_of(state.theta, phi, V, task.x, task.target), views))
+            return ssl + calibration(Z, V, problem.calibrator.weights(phi, Z, V))[0]
+
+        def inner(phi: Tree, _: Tree, batch: _Calibration) -> Tensor:
+            return objective(phi, batch.Z, batch.support)
+
+        def outer(phi: Tree, _: Tree, batch: _Calibration) -> Tensor:
+            return objective(phi, batch.Z, batch.query)
+
+        stage = calibrator_stage.meta(outer, inner, calibrator_optimizer, "one")
+        after, hg = stage.step(
+            BilevelState(stage.init(state.phi, {}).inner, {}, state.phi_opt, (), state.step),
+            repeat(represented, calibrator_stage.steps),
+            represented,
+        )
+        return state._replace(phi=after.inner.params, phi_opt=after.opt_state), {"calibration_loss": hg.value}
+
+    return Method(init, step)
+
+
+def lookahead(
+    problem: Problem,
+    optimizer: GradientTransformation,
+    calibrator_optimizer: GradientTransformation,
+    *,
+    calibration: CalibrationLoss | None = None,
+    encoder_stage: Stage = Stage(lr=0.05),
+    warmup: int = 0,
+) -> Method:
+    """TC² with the calibrator's true hypergradient through the encoder's steps [O]; any adjoint."""
+    calibration = stable() if calibration is None else calibration
+    if isinstance(encoder_stage.adjoint, FirstOrder) is False and encoder_stage.strength is not None:
+        raise ValueError("`strength` belongs to reading `paper`: here the hparams are the calibrator, not the initial params. Pass None.")
+    without = replace(problem, calibrator=Identity())
+
+    def init() -> MethodState:
+        return initial(problem, optimizer, calibrator_optimizer)
+
+    def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
+        now = without if int(state.step) < warmup else problem
+        support, query = problem.batch(views, state.target)
+        metrics: dict[str, Tensor] = {}
+        V = views.new_zeros(())
+        if not isinstance(now.calibrator, Identity):
+            represented = _represented(now, state.theta, support, query)
+            if tree.leaves(state.phi):
+                state, metrics = calibrate(state, support, query, represented.Z)
+            V = now.calibrator.factors(state.phi, represented.Z).detach()
+        loss, _, (gradient,) = operators.value_and_grad(
+            lambda theta: (mean_over_tasks(per_task(lambda task: now.loss(theta, state.phi, V, task), support)), None), state.theta
+        )
+        theta, theta_opt = descend(optimizer, gradient, state.theta, state.theta_opt)
+        return moved(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": loss, **metrics}
+
+    def calibrate(state: MethodState, support: Views, query: Views, Z: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
+        def ssl(theta: Tree, phi: Tree, views: Views) -> Tensor:
+            V = problem.calibrator.factors(phi, Z)
+            return mean_over_tasks(per_task(lambda task: problem.loss(theta, phi, V, task), views))
+
+        def outer(theta: Tree, phi: Tree, views: Views) -> Tensor:
+            V = problem.calibrator.factors(phi, Z)
+            return ssl(theta, phi, views) + calibration(Z, V, problem.calibrator.weights(phi, Z, V))[0]
+
+        bilevel = nested(outer, encoder_stage.solver(ssl), encoder_stage.adjoint, calibrator_optimizer, warm_start=False)
+        after, hg = bilevel.step(
+            BilevelState(bilevel.init(state.theta, state.phi).inner, state.phi, state.phi_opt, (), state.step),
+            repeat(support, encoder_stage.steps),
+            query,
+        )
+        # Residuals of a biased method are read by people; only what must be finite is a metric that stops a run.
+        return state._replace(phi=after.hparams, phi_opt=after.opt_state), {"calibration_loss": hg.value, **_finite_stats(hg.stats)}
+
+    return Method(init, step)
+
+
+def _finite_stats(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in stats.items() if name in ("first_bad_step", "residual_norm", "num_products")}
+
+
+def _represented(problem: Problem, theta: Tree, support: Views, query: Views) -> _Calibration:
+    r_s, r_q = problem.represent(theta, support.x), problem.represent(theta, query.x)
+    Z = torch.cat([r_s.flatten(0, -2), r_q.flatten(0, -2)])
+    return _Calibration(support._replace(x=r_s), query._replace(x=r_q), Z)

@@ -1,0 +1,552 @@
+"""Long runs: killed anywhere and resumed they end with the same bits; broken files and NaNs lose nothing.
+
+Run as a script this file is the process that gets killed: see :func:`_main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from metacal import tree
+from metacal.train import _files as files
+from metacal.train import checkpoint, environment, fit, logs, loop, report
+
+NUM_STEPS = 160
+quiet: dict[str, Any] = {"progress": False, "tensorboard": False}
+
+
+class Momentum(NamedTuple):
+    params: dict[str, Tensor]
+    velocity: dict[str, Tensor]
+    count: Tensor
+
+
+def start() -> Momentum:
+    environment.seed_everything(7)
+    params = {"w1": torch.randn(8, 300) / 3, "w2": torch.randn(300, 1) / 20}
+    return Momentum(params, tree.zeros_like(params), torch.tensor(0))
+
+
+def noisy_step(state: Momentum, step: int) -> tuple[Momentum, dict[str, Any]]:
+    """Momentum SGD on data that all three generators have a part in."""
+    x = torch.randn(16, 8) * random.uniform(0.5, 1.5) + float(np.random.normal())  # noqa: NPY002
+    params = {name: w.detach().requires_grad_() for name, w in state.params.items()}
+    hidden = torch.nn.functional.dropout(torch.tanh(x @ params["w1"]), 0.3)
+    loss = (hidden @ params["w2"] - x.sum(1, keepdim=True).sin()).square().mean()
+    grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+    velocity = tree.axpy(0.9, state.velocity, grads)
+    return Momentum(tree.detach(tree.axpy(-0.01, velocity, params)), velocity, state.count + 1), {"loss": loss, "uniform": random.random()}
+
+
+# --- killed ---
+
+
+def _train(folder: Path, *, resume: bool = True) -> Momentum:
+    return fit(noisy_step, start(), NUM_STEPS, folder, checkpoint_every=7, log_every=3, resume=resume, **quiet)
+
+
+def _kill_on(owner: Any, name: str, call: int, *, after: bool = False, before: Callable[..., None] = lambda *_: None) -> None:
+    """Replaces ``owner.name`` by a function that kills this process at its ``call``-th call."""
+    real = getattr(owner, name)
+    calls = 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            before(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, deadly)
+
+
+def _half_a_checkpoint(content: Any, file: Any) -> None:
+    whole = pickle.dumps(content)
+    file.write(whole[: len(whole) // 2])
+    file.flush()
+
+
+def _half_a_line(log: logs.Logs, step: int, metrics: Any) -> None:
+    log._file.write(b'{"step": ' + str(step).encode() + b', "lo')
+    log._file.flush()
+
+
+# Each life of the run ends at one of these moments. A life starts from the last checkpoint, so that the counts begin anew.
+MOMENTS: dict[str, Callable[[], None]] = {
+    "before the first checkpoint": lambda: _kill_on(torch.autograd, "grad", 5),
+    "between two checkpoints": lambda: _kill_on(torch.autograd, "grad", 18),
+    "at the end of a step that was logged": lambda: _kill_on(logs.Logs, "write", 12, after=True),
+    "in the middle of a log line": lambda: _kill_on(logs.Logs, "write", 9, before=_half_a_line),
+    "before the log is on the disk": lambda: _kill_on(logs.Logs, "flush", 2),
+    "in the middle of writing a checkpoint": lambda: _kill_on(torch, "save", 2, before=_half_a_checkpoint),
+    "before a checkpoint gets its name": lambda: _kill_on(os, "replace", 3),  # the first call opens the log
+    "after a checkpoint got its name": lambda: _kill_on(os, "replace", 3, after=True),
+    "while an old checkpoint is removed": lambda: _kill_on(Path, "unlink", 1),
+    "while the log is opened": lambda: _kill_on(os, "replace", 1),
+}
+
+
+def _tell_on_first_step(writer: int) -> None:
+    real = torch.autograd.grad
+
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        torch.autograd.grad = real
+        os.write(writer, b"!")
+        return real(*args, **kwargs)
+
+    torch.autograd.grad = telling
+
+
+def _main(folder: Path, num_random_moments: int) -> None:
+    """Lives and dies in forked children: first at the named moments, then at random ones, then to the end."""
+
+    def live(ending: Callable[[], None]) -> int:
+        child = os.fork()
+        if child == 0:
+            ending()
+            _train(folder)
+            os._exit(0)
+        return child
+
+    def killed(child: int) -> bool:
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run failed"
+        return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+    for moment, ending in MOMENTS.items():
+        print(f"{moment}: {'killed' if killed(live(ending)) else 'survived'}")
+    moments = random.Random(0)
+    for _ in range(num_random_moments):
+        reader, writer = os.pipe()
+        child = live(lambda writer=writer: _tell_on_first_step(writer))  # type: ignore[misc]
+        os.close(writer)
+        os.read(reader, 1)
+        os.close(reader)
+        time.sleep(moments.uniform(0.0, 0.12))
+        os.kill(child, signal.SIGKILL)
+        killed(child)
+    assert not killed(live(lambda: None))
+
+
+def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    undisturbed = _train(tmp_path / "undisturbed", resume=False)
+    # As an error, because no kill may leave a checkpoint that cannot be read.
+    command = [sys.executable, "-W", "error::RuntimeWarning", __file__, str(tmp_path / "killed"), "8"]
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{moment}: killed" for moment in MOMENTS]
+
+    ours, theirs = (checkpoint.latest(tmp_path / run / loop.CHECKPOINTS) for run in ("undisturbed", "killed"))
+    assert ours is not None
+    assert theirs is not None
+    assert ours.step == theirs.step == NUM_STEPS
+    for path, value in tree.state_dict(undisturbed).items():
+        assert torch.equal(theirs.tensors["state"][path], value), path
+    assert torch.equal(ours.random_state["torch"], theirs.random_state["torch"])
+    assert ours.random_state["python"] == theirs.random_state["python"]
+
+    rows = logs.read_metrics(tmp_path / "killed")
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS))
+    assert rows == logs.read_metrics(tmp_path / "undisturbed")
+    # Nothing is left behind but the two newest checkpoints.
+    assert sorted(p.name for p in (tmp_path / "killed" / loop.CHECKPOINTS).iterdir()) == ["step_00000154.pt", "step_00000160.pt"]
+
+
+@pytest.mark.parametrize(("number", "leaves_by"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_polite_signal_saves_and_leaves(tmp_path: Path, number: signal.Signals, leaves_by: type[BaseException]) -> None:
+    def step_fn(state: Momentum, step: int) -> tuple[Momentum, dict[str, Any]]:
+        if step == 40:
+            signal.raise_signal(number)
+        return noisy_step(state, step)
+
+    undisturbed = _train(tmp_path / "undisturbed", resume=False)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(leaves_by) as caught:
+        fit(step_fn, start(), NUM_STEPS, tmp_path / "run", checkpoint_every=1000, **quiet)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    if leaves_by is SystemExit:
+        assert caught.value.args == (143,)
+    found = checkpoint.latest(tmp_path / "run" / loop.CHECKPOINTS)
+    assert found is not None
+    assert found.step == 41  # the step that was under way is not lost
+    resumed = _train(tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(resumed), tree.leaves(undisturbed), strict=True))
+
+
+# --- the loop ---
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    fit(noisy_step, start(), 3, tmp_path, **quiet)
+    with pytest.raises(FileExistsError, match=r"already holds a run\. Pass resume=True"):
+        fit(noisy_step, start(), 3, tmp_path, **quiet)
+
+
+def test_a_finished_run_resumes_to_its_end_and_can_be_prolonged(tmp_path: Path) -> None:
+    ten = fit(noisy_step, start(), 10, tmp_path / "a", **quiet)
+
+    def forbidden(state: Momentum, step: int) -> Any:
+        raise RuntimeError("a finished run took another step")
+
+    again = fit(forbidden, start(), 10, tmp_path / "a", resume=True, **quiet)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(again), tree.leaves(ten), strict=True))
+    longer = fit(noisy_step, start(), 15, tmp_path / "a", resume=True, **quiet)
+    straight = fit(noisy_step, start(), 15, tmp_path / "b", **quiet)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(longer), tree.leaves(straight), strict=True))
+    with pytest.raises(ValueError, match=r"`num_steps` is 5, but the checkpoint .* after 15 steps"):
+        fit(noisy_step, start(), 5, tmp_path / "a", resume=True, **quiet)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    fit(noisy_step, start(), 2, tmp_path, **quiet)
+    with pytest.raises(ValueError, match=r"'params\.w1' should have shape \(2,\), got \(8, 300\)"):
+        fit(noisy_step, start()._replace(params={"w1": torch.zeros(2), "w2": torch.zeros(300, 1)}), 4, tmp_path, resume=True, **quiet)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("-inf"))])
+def test_a_metric_that_is_not_finite_stops_the_run(tmp_path: Path, value: float | Tensor) -> None:
+    def step_fn(state: Momentum, step: int) -> tuple[Momentum, dict[str, Any]]:
+        state, metrics = noisy_step(state, step)
+        return state, {**metrics, "conflict": value if step == 23 else 0.5}
+
+    message = r"The metric 'conflict' is (nan|-?inf) at step 23\. The run stopped; the checkpoints"
+    with pytest.raises(loop.NonFiniteError, match=message) as error:
+        fit(step_fn, start(), 40, tmp_path, checkpoint_every=10, log_every=7, **quiet)
+    assert (error.value.step, error.value.term) == (23, "conflict")
+    found = checkpoint.latest(tmp_path / loop.CHECKPOINTS)
+    assert found is not None
+    assert found.step == 20
+    assert [row["step"] for row in logs.read_metrics(tmp_path)] == list(range(23))
+    resumed = fit(noisy_step, start(), 40, tmp_path, resume=True, **quiet)
+    straight = fit(noisy_step, start(), 40, tmp_path / "straight", **quiet)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(resumed), tree.leaves(straight), strict=True))
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    def step_fn(state: Momentum, step: int) -> tuple[Momentum, dict[str, Any]]:
+        state, _ = noisy_step(state, step)
+        if step == 14:
+            state.velocity["w2"][4] = float("nan")
+        return state, {}
+
+    with pytest.raises(loop.NonFiniteError, match=r"The state's 'velocity\.w2' holds nan after step 14") as error:
+        fit(step_fn, start(), 40, tmp_path, checkpoint_every=5, **quiet)
+    assert (error.value.step, error.value.term) == (14, "velocity.w2")
+    assert sorted(p.name for p in (tmp_path / loop.CHECKPOINTS).iterdir()) == ["step_00000005.pt", "step_00000010.pt"]
+
+
+def test_metrics_are_numbers_and_their_graphs_are_let_go(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"metric 'loss' should be a float or a 0-dim tensor, got a tensor of shape \(2,\)"):
+        fit(lambda s, i: (s, {"loss": torch.zeros(2)}), start(), 1, tmp_path / "a", **quiet)
+
+    graphs: list[weakref.ref[Any]] = []
+
+    def step_fn(state: Momentum, step: int) -> tuple[Momentum, dict[str, Any]]:
+        assert all(graph() is None for graph in graphs), "an earlier step's graph is still alive"
+        loss = torch.ones(3, requires_grad=True).sum()
+        graphs.append(weakref.ref(loss))
+        return state, {"loss": loss}
+
+    fit(step_fn, start(), 5, tmp_path / "b", **quiet)
+    assert len(graphs) == 5
+
+
+def test_a_state_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"the leaf at 'count' is a int"):
+        fit(noisy_step, start()._replace(count=0), 10, tmp_path, **quiet)  # type: ignore[arg-type]
+    for name in ("checkpoint_every", "log_every"):
+        with pytest.raises(ValueError, match=f"`{name}` should be at least 1, got 0"):
+            fit(noisy_step, start(), 10, tmp_path, **{name: 0}, **quiet)
+
+
+def test_progress_bar_and_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(noisy_step, start(), 4, tmp_path, log_every=1)
+    assert "4/4" in capsys.readouterr().err
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    written = {event.step: event.value for event in events.Scalars("loss")}
+    assert written == {row["step"]: pytest.approx(row["loss"]) for row in logs.read_metrics(tmp_path)}
+
+
+@pytest.mark.cuda
+def test_a_run_on_cuda_resumes(tmp_path: Path) -> None:
+    def step_fn(state: dict[str, Tensor], step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        w = state["w"] + torch.randn(5, device="cuda")
+        return {"w": w}, {"norm": w.norm()}
+
+    def begin() -> dict[str, Tensor]:
+        environment.seed_everything(1)
+        return {"w": torch.randn(5, device="cuda")}
+
+    straight = fit(step_fn, begin(), 9, tmp_path / "a", **quiet)
+    fit(step_fn, begin(), 4, tmp_path / "b", **quiet)
+    resumed = fit(step_fn, begin(), 9, tmp_path / "b", resume=True, **quiet)
+    assert resumed["w"].is_cuda
+    assert torch.equal(resumed["w"], straight["w"])
+
+
+# --- checkpoints ---
+
+
+def _two_checkpoints(folder: Path) -> list[Path]:
+    return [checkpoint.save(folder, step, {"state": {"w": torch.full((50,), float(step))}}, {"step": step}) for step in (10, 20)]
+
+
+def _damaged(path: Path, damage: str) -> None:
+    whole = path.read_bytes()
+    if damage == "planted code":
+
+        class Planted:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return os.mkdir, (str(path.parent / "planted"),)
+
+        torch.save({"step": 20, "tensors": Planted()}, path)
+    else:
+        cut = {"empty": b"", "truncated": whole[: len(whole) // 2], "short by a byte": whole[:-1], "garbage": b"\x17" * 999}
+        path.write_bytes(cut[damage])
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "short by a byte", "garbage", "planted code"])
+def test_a_checkpoint_that_cannot_be_read_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    _, newest = _two_checkpoints(tmp_path)
+    _damaged(newest, damage)
+    with pytest.warns(RuntimeWarning, match=r"step_00000020\.pt cannot be read \(\w+: .+\)\. Going back to step_00000010\.pt"):
+        found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert (found.step, found.meta, found.tensors["state"]["w"][0].item()) == (10, {"step": 10}, 10.0)
+    assert not (tmp_path / "planted").exists()
+    # The run goes on from there; the broken one is out of the way and does not push out a good one.
+    checkpoint.save(tmp_path, 15, {})
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["step_00000010.pt", "step_00000015.pt"]
+
+
+def test_a_checkpoint_cut_anywhere_is_noticed(tmp_path: Path) -> None:
+    path = _two_checkpoints(tmp_path)[1]
+    whole = path.read_bytes()
+    for length in np.linspace(0, len(whole) - 1, 60).astype(int):
+        path.write_bytes(whole[:length])
+        with pytest.warns(RuntimeWarning, match="cannot be read"):
+            assert checkpoint.latest(tmp_path).step == 10  # type: ignore[union-attr]
+
+
+def test_when_none_can_be_read_the_error_says_what_to_do(tmp_path: Path) -> None:
+    for path in _two_checkpoints(tmp_path):
+        _damaged(path, "truncated")
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"No checkpoint .* can be read: step_00000020\.pt \(.*; step_00000010\.pt \(.*Put a good copy"
+    ):
+        checkpoint.latest(tmp_path)
+    assert checkpoint.latest(tmp_path / "elsewhere") is None
+
+
+def test_checkpoints_round_trip(tmp_path: Path) -> None:
+    state = start()
+    big = torch.randn(10_000)
+    path = checkpoint.save(tmp_path, 3, {"state": tree.state_dict(state), "views": {"row": big[:5]}}, {"seed": 7, "names": ["a"]}, keep=1)
+    assert path.stat().st_size < 5 * 10_000  # a view does not bring its storage along
+    drawn = (torch.rand(2), random.random(), np.random.rand())  # noqa: NPY002
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert (found.path, found.step, found.meta) == (path, 3, {"seed": 7, "names": ["a"]})
+    restored = tree.load_state_dict(state, found.tensors["state"])
+    assert isinstance(restored, Momentum)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tree.leaves(restored), tree.leaves(state), strict=True))
+    environment.set_random_state(found.random_state)
+    assert torch.equal(torch.rand(2), drawn[0])
+    assert (random.random(), np.random.rand()) == drawn[1:]  # noqa: NPY002
+    checkpoint.save(tmp_path, 4, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000004.pt"]
+    with pytest.raises(ValueError, match="`keep` should be at least 1"):
+        checkpoint.save(tmp_path, 5, {}, keep=0)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fill_the_disk() -> None:
+        with files.replacing(path) as file:
+            file.write(b"ne")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fill_the_disk()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+
+
+# --- logs, environment ---
+
+
+def test_logs_tolerate_half_a_line_at_the_end_only(tmp_path: Path) -> None:
+    file = tmp_path / logs.FILE
+    file.write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert logs.read_metrics(tmp_path) == [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}]
+    with logs.Logs(tmp_path, first_step=1) as log:
+        log.write(1, {"loss": 0.25})
+    assert file.read_text() == '{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 0.25}\n'
+    file.write_text('{"step": 0\n{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"Line 1 of .* is not JSON"):
+        logs.read_metrics(tmp_path)
+    assert logs.read_metrics(tmp_path / "elsewhere") == []
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert environment.resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"`device` is 'cuda', but torch .* sees 0 CUDA devices here\. Use 'auto' or 'cpu'"):
+        environment.resolve_device("cuda")
+    with pytest.raises(ValueError, match=r"`device` should be 'auto', 'cpu', 'cuda' or 'cuda:<index>', got 'gpu'"):
+        environment.resolve_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert environment.resolve_device("auto") == torch.device("cuda")
+    with pytest.raises(ValueError, match="sees 2 CUDA devices"):
+        environment.resolve_device("cuda:2")
+
+
+def test_seeds_and_environment(tmp_path: Path) -> None:
+    def draw() -> tuple[Any, ...]:
+        return torch.rand(3).tolist(), random.random(), np.random.rand()  # noqa: NPY002
+
+    environment.seed_everything(5)
+    first = draw()
+    environment.seed_everything(5)
+    assert draw() == first
+    environment.seed_everything(6)
+    assert all(a != b for a, b in zip(draw(), first, strict=True))
+    with pytest.raises(ValueError, match=r"`seed` should be from 0 to 2\*\*32 - 1, got -1"):
+        environment.seed_everything(-1)
+
+    described = environment.write_environment(tmp_path / "run", seed=5, device="cpu")
+    assert json.loads((tmp_path / "run" / environment.FILE).read_text()) == described
+    assert (described["seed"], described["device"]) == (5, "cpu")
+    assert described["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_the_commit_is_that_of_the_repository_that_tracks_the_file(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    tracked, untracked = tmp_path / "tracked.py", tmp_path / "untracked.py"
+    tracked.write_text("x = 1\n")
+    assert environment._git_commit(tracked) is None
+    git("init")
+    git("add", "tracked.py")
+    git("commit", "-m", "first")
+    untracked.write_text("")
+    commit = git("rev-parse", "HEAD")
+    assert environment._git_commit(tracked) == commit
+    assert environment._git_commit(untracked) is None
+    tracked.write_text("x = 2\n")
+    assert environment._git_commit(tracked) == f"{commit}-dirty"
+
+
+# --- the report ---
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, text, the table's cells by class."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.best: list[str] = []
+        self.text = ""
+        self._in_best = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.links += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "srcset")]
+        self._in_best = tag == "td" and "best" in (dict(attrs).get("class") or "").split()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._in_best:
+            self.best.append(data)
+
+
+NASTY = "<script>alert('x')</script> & \"$\\frac$"
+
+
+def test_a_report_is_one_file_that_shows_everything(tmp_path: Path) -> None:
+    rows: list[dict[str, report.Cell]] = [
+        {"method": "base", "accuracy": (0.912, 0.01), "seconds": 2.0, "views": 2, "conflicts": None},
+        {"method": "TC²", "accuracy": (0.934, 0.02), "seconds": 3.5, "views": 4, "conflicts": 0.25},
+        {"method": "diverged", "accuracy": float("nan"), "seconds": 2.0, "views": 4},
+    ]
+    rows.append({"method": f"row {NASTY}"})
+    lines = {f"line {NASTY}": ([0, 1, 2], [3.0, 2.0, float("nan")]), "_hidden": ([0], [1.0])}
+    conflict = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+    shown = report.Report(
+        title=f"Title {NASTY}",
+        intro=[f"Intro {NASTY}"],
+        tables=[report.Table(f"Table {NASTY}", rows, {"accuracy": "max", "seconds": "min"}, f"note {NASTY}")],
+        curves=[report.Curves(f"Panel {NASTY}", lines, y_label=NASTY), report.Curves("nothing yet", {})],
+        matrices=[report.Matrix("Conflict", conflict, x_label=NASTY), report.Matrix("zeros", np.zeros((3, 2)))],
+        footnotes=[f"Seeds 1, 2, 3 {NASTY}"],
+    )
+    path = report.write(tmp_path / "new" / "report.html", shown)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags
+    assert page.text.count(NASTY) == 11, "title twice, intro, table, row, note, panel, line, two labels, footnote"
+    assert "_hidden" in page.text
+    assert page.tags.count("svg") == 4
+    assert page.best == ["2", "0.934 ± 0.02", "2"], "ties share the mark"
+    assert "0.934 ± 0.02" in page.text
+    assert "–" in page.text
+    assert "-0.5" in page.text, "the matrix is annotated"
+    assert [link for link in page.links if not link.startswith(("#", "data:image/png;base64,"))] == []
+    assert "@import" not in text
+    assert "url(http" not in text
+    assert len(page.ids) == len(set(page.ids)), "ids of different pictures collide"
+    assert "#010203" not in text
+    assert "currentColor" in text
+
+
+def test_equal_reports_are_equal_files(tmp_path: Path) -> None:
+    same = report.Report("same", curves=[report.Curves("c", {"a": ([0, 1], [1.0, 2.0])})], matrices=[report.Matrix("m", np.eye(2))])
+    assert report.write(tmp_path / "a.html", same).read_bytes() == report.write(tmp_path / "b.html", same).read_bytes()
+
+
+def test_reports_refuse_what_they_cannot_show(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`best` of the table 'T' names 'acc', which is no column: accuracy"):
+        report.write(tmp_path / "r.html", report.Report("r", tables=[report.Table("T", [{"accuracy": 1.0}], {"acc": "max"})]))
+    with pytest.raises(ValueError, match=r"`values` of the matrix 'M' should have two dimensions, got shape \(3,\)"):
+        report.write(tmp_path / "r.html", report.Report("r", matrices=[report.Matrix("M", [1.0, 2.0, 3.0])]))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _main(Path(sys.argv[1]), int(sys.argv[2]))
