@@ -30,7 +30,7 @@ lint: $(VENV)/installed-lint
 
 gpu-check: $(VENV)/installed-test
 	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  set -ex; $(VENV)/bin/python -m pytest -m cuda; $(VENV)/bin/metacal demo --device cuda; \
+	  set -ex; $(VENV)/bin/python -m pytest -m cuda; $(VENV)/bin/metacal demo --device cuda --steps 20 --out runs/gpu-check --report runs/gpu-check.html; \
 	else \
 	  echo "gpu-check: no CUDA device here, nothing was checked."; \
 	fi
@@ -42,6 +42,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python setup.cfg pyproject.toml
+	@echo "Installing metacal and what it needs into $(VENV): some GB with torch, a few minutes."
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 

@@ -14,7 +14,7 @@ from metacal import _checks, _random, operators, tree
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.adjoints.base import Pullback
-from metacal.inner import InnerSolver, InnerState, WithAux, constant, run
+from metacal.inner import FirstBad, InnerSolver, InnerState, WithAux, advance, constant, run
 
 
 class HyperGradient(NamedTuple):
@@ -154,7 +154,7 @@ def solve(
     _checks.differentiable_tree("hparams", hparams)
     _checks.one_device(params=params, hparams=hparams)
     if isinstance(adjoint, Unrolled) and adjoint.mode == "graph":
-        return _solve_in_one_graph(solver, params, hparams, batches, adjoint)
+        return _solve_in_one_graph(solver, params, hparams, batches, adjoint, stats)
     batches = [batches[i] for i in range(len(batches))]
     if not operators.transforming():
         constant("batches", batches)
@@ -163,17 +163,22 @@ def solve(
     return tree.unflatten(tree.structure(params), list(_Solve.apply(problem, *flat)))
 
 
-def _solve_in_one_graph(solver: InnerSolver, params: Tree, hparams: Tree, batches: Sequence[Tree], adjoint: Unrolled) -> Tree:
+def _solve_in_one_graph(
+    solver: InnerSolver, params: Tree, hparams: Tree, batches: Sequence[Tree], adjoint: Unrolled, stats: dict[str, Tensor] | None
+) -> Tree:
     if operators.transforming():
         adjoint.vjp(solver, solver.init(params, hparams), hparams, batches)  # raises, naming the remedy
     first = 0 if adjoint.window is None else max(0, len(batches) - adjoint.window)
     # Steps record a graph of themselves only if their inputs are in one.
     params = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), params)
-    state = solver.init(params, hparams)
+    state, bad = solver.init(params, hparams), FirstBad()
     if first:
-        state = tree.detach(run(solver, tree.detach(state), tree.detach(hparams), batches[:first]))
+        state = tree.detach(advance(solver, tree.detach(state), tree.detach(hparams), batches, 0, first, bad))
         state = state._replace(params=tree.map(lambda x: x.requires_grad_(), state.params))
-    return run(solver, state, hparams, batches[first:]).params
+    final = advance(solver, state, hparams, batches, first, len(batches), bad)
+    if stats is not None:
+        stats["first_bad_step"] = bad.step()
+    return final.params
 
 
 class _Solve(Function):
@@ -203,7 +208,7 @@ class _Solve(Function):
         if any(ctx.needs_input_grad[1 + learned :]):
             raise ValueError(_BATCH_GRAD)
         flat = ctx.saved_tensors
-        params, hparams, _ = problem.combine(flat)
+        params = problem.combine(flat)[0]
         ct = tree.unflatten(tree.structure(params), list(cotangents))
         if problem.pullback is not None and not operators.attached(list(flat), ct):
             found = problem.pullback(ct)
@@ -214,11 +219,7 @@ class _Solve(Function):
                 found = problem.vjp(flat)[1](ct)
         if problem.stats is not None:
             problem.stats.update(found.stats)
-        d_params: Any = tree.leaves(found.params)
-        if not d_params:
-            if any(ctx.needs_input_grad[1 : 1 + problem.num_params]) and tree.leaves(params):
-                d_params = [None] * problem.num_params
-            d_params = d_params or [None] * problem.num_params
+        d_params = tree.leaves(found.params) or [None] * problem.num_params  # None: not estimated, nothing flows
         return None, *d_params, *tree.leaves(found.hparams), *[None] * (len(flat) - learned)
 
     @staticmethod

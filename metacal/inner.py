@@ -98,7 +98,7 @@ def _loss(objective: Any, with_carry: bool) -> operators.Loss:
         return operators.Loss(_loss(objective.objective, with_carry).fn, objective.num_chunks)
     if with_carry:
         if isinstance(objective, WithAux):
-            raise ValueError("`objective` with `carry` should return (loss, carry); log from the outer objective, or put the logs in the carry.")
+            raise ValueError("`objective` with `carry` should return (loss, carry), not logs: log from the outer objective.")
         return operators.Loss(objective)
     if isinstance(objective, WithAux):
         return operators.Loss(lambda w, h, b, c: (objective(w, h, b)[0], c))
@@ -176,11 +176,18 @@ def proximal(objective: Objective, optimizer: OptimizerLike, strength: float | T
 
 def fixed_point(fn: Callable[[Tree, Tree, Tree], Tree]) -> InnerSolver:
     """Iterates ``w <- fn(w, hparams, batch)``: any update rule, for instance a deep equilibrium layer."""
-    return InnerSolver(
-        init=lambda params, hparams: InnerState(params, ()),
-        step=lambda state, hparams, batch: state._replace(params=fn(state.params, hparams, batch)),
-        residual=lambda params, hparams, batch: tree.sub(params, fn(params, hparams, batch)),
-    )
+
+    def step(state: InnerState, hparams: Tree, batch: Tree) -> InnerState:
+        params = fn(state.params, hparams, batch)
+        _checks.same_structure("fn", params, "params", state.params)
+        return state._replace(params=params)
+
+    def residual(params: Tree, hparams: Tree, batch: Tree) -> Tree:
+        following = fn(params, hparams, batch)
+        _checks.same_structure("fn", following, "params", params)
+        return tree.sub(params, following)
+
+    return InnerSolver(lambda params, hparams: InnerState(params, ()), step, residual)
 
 
 def stationary(objective: Objective) -> InnerSolver:
@@ -195,8 +202,35 @@ def run(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence
     ``batches`` is a sequence (it may be lazy): replay reads it again. Work: one step per batch; memory: one state.
     """
     _checks.batches(batches)
-    for batch in read(batches, 0, len(batches)):
+    return advance(solver, state, hparams, batches, 0, len(batches))
+
+
+class FirstBad:
+    """Counts the steps before the params first hold a NaN or an infinity, without asking the host."""
+
+    def __init__(self) -> None:
+        self._found: Tensor | None = None
+
+    def look(self, t: int, params: Tree) -> None:
+        """Looks at the params after step ``t``."""
+        leaves = tree.leaves(tree.detach(params))
+        if leaves:
+            now = torch.where(torch.isfinite(sum(leaf.sum() for leaf in leaves)), -1, t)
+            self._found = now if self._found is None else torch.where(self._found < 0, now, self._found)
+
+    def step(self) -> Tensor:
+        """The first bad step, or -1."""
+        return torch.tensor(-1) if self._found is None else self._found
+
+
+def advance(
+    solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], begin: int, end: int, bad: FirstBad | None = None
+) -> InnerState:
+    """Steps ``begin`` to ``end`` of a run, watched by ``bad``."""
+    for t, batch in enumerate(read(batches, begin, end), begin):
         state = solver.step(state, hparams, batch)
+        if bad is not None:
+            bad.look(t, state.params)
     return state
 
 

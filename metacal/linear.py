@@ -184,7 +184,7 @@ Operator = Hessian | Jacobian
 
 def last(batches: Sequence[Any]) -> Sequence[Any]:
     """The last batch defines the system."""
-    return batches[-1:]
+    return [batches[len(batches) - 1]]
 
 
 def every(batches: Sequence[Any]) -> Sequence[Any]:

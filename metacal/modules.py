@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from metacal import tree
 
@@ -59,23 +61,10 @@ def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "ca
     trainable = {name: p.detach().clone() for name, p in called.named_parameters() if p.requires_grad}
     frozen = {name: p.detach() for name, p in called.named_parameters() if not p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in called.named_buffers()}
-    checked = False
 
     def call(params: dict[str, Tensor], state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal checked
-        try:
-            # Non-reentrant checkpointing announces itself by its saved-tensor hooks; the reentrant kind by its graph node.
-            with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTING):
-                output = torch.func.functional_call(called, {**frozen, **params, **state}, args, kwargs)
-        except RuntimeError as error:
-            if "setup_context" in str(error) and "Checkpoint" in str(error):
-                raise RuntimeError(_CHECKPOINTING) from error
-            raise
-        if not checked and not torch.compiler.is_compiling():
-            if any(isinstance(t, Tensor) and _has_checkpoint_node(t) for t in tree.leaves(output)):
-                raise RuntimeError(_CHECKPOINTING)
-            checked = True
-        return output
+        with _no_checkpointing():
+            return torch.func.functional_call(called, {**frozen, **params, **state}, args, kwargs)
 
     def apply(params: dict[str, Tensor], *args: Any, carry: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
         # functional_call writes BatchNorm's running statistics into the tensors it is given: hand it copies.
@@ -98,17 +87,25 @@ def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "ca
     return Functional(apply, trainable, buffers, write)
 
 
-def _has_checkpoint_node(output: Tensor) -> bool:
-    todo: list[Any] = [output.grad_fn] if output.grad_fn is not None else []
-    seen: set[Any] = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if "CheckpointFunction" in node.name():
-            return True
-        todo.extend(parent for parent, _ in node.next_functions)
-    return False
+class _Refused:
+    """Stands in for the autograd Function of reentrant checkpointing."""
+
+    @staticmethod
+    def apply(*args: Any) -> Any:
+        raise RuntimeError(_CHECKPOINTING)
 
 
+@contextmanager
+def _no_checkpointing() -> Iterator[None]:
+    # The non-reentrant kind needs saved-tensor hooks, which torch can forbid; the reentrant kind goes through one Function.
+    # It leaves no other trace: where no input requires grad its output is cut from the graph.
+    if torch.compiler.is_compiling():
+        yield
+        return
+    own = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _Refused  # type: ignore[assignment,misc]
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTING):
+            yield
+    finally:
+        checkpoint.CheckpointFunction = own  # type: ignore[misc]

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metacal import _checks, tree
 from metacal._typing import Tree
 
-
 with warnings.catch_warnings():
     # The first forward-mode pass of a process makes torch load tables through its own deprecated torch.jit.script. Do it here,
     # where the warning can be silenced without silencing the user's.
@@ -52,7 +51,7 @@ def _alias(value: Tree, keep_graph: bool) -> Tree:
     return tree.map(lambda x: x.view_as(x) if keep_graph and x.requires_grad else x.detach().requires_grad_(), value)
 
 
-def value_and_grad(fn: Callable[..., tuple[Tensor, Any]], *primals: Tree, name: str = "objective") -> tuple[Tensor, Any, tuple[Tree, ...]]:
+def value_and_grad(fn: Callable[..., tuple[Tensor, Any]], *primals: Tree, name: str = "objective") -> tuple[Tensor, Any, Any]:
     """``(value, aux, gradients)`` of ``fn(*primals) -> (scalar, aux)`` with respect to every primal.
 
     A primal that the value does not depend on has a zero gradient; a value that depends on none of the first primal's
@@ -89,17 +88,18 @@ def _independent(name: str) -> str:
     )
 
 
-def vjp(fn: Callable[..., Tree], *primals: Tree) -> tuple[Tree, Callable[[Tree], tuple[Tree, ...]]]:
+def vjp(fn: Callable[..., Tree], *primals: Tree) -> tuple[Tree, Callable[[Tree], Any]]:
     """``(fn(*primals), pullback)``: the pullback maps a cotangent of the output to those of the primals, once."""
     if transforming():
-        return torch.func.vjp(fn, *primals)
+        out, pull = torch.func.vjp(fn, *primals)[:2]
+        return out, pull
     keep_graph = attached(primals)
     with torch.enable_grad():
         inputs = tuple(_alias(x, keep_graph) for x in primals)
         out = fn(*inputs)
     flat, treedef = tree.flatten(inputs)
 
-    def pullback(cotangent: Tree) -> tuple[Tree, ...]:
+    def pullback(cotangent: Tree) -> Any:
         create_graph = keep_graph or attached(cotangent)
         pairs = [(y, ct) for y, ct in zip(tree.leaves(out), tree.leaves(cotangent), strict=True) if y.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(flat)
@@ -177,7 +177,7 @@ def _products(
     loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree, argnums: tuple[int, ...]
 ) -> tuple[Tree, ...]:
     keep_graph = attached(params, hparams, direction)
-    total = None
+    total: Any = None
     for piece in loss.pieces(batch):
         # The floating part of the carry is a primal of its own, with a zero tangent: BatchNorm writes the dual batch mean into it.
         floating, combine = tree.partition(carry)
@@ -189,7 +189,8 @@ def _products(
             return torch.func.grad(scalar, argnums=argnums, has_aux=True)(w, hparams, c)
 
         with torch.enable_grad(), _differentiable_attention():
-            _, products, carry = torch.func.jvp(field, (params, floating), (direction, [torch.zeros_like(c) for c in floating]), has_aux=True)
+            still = [torch.zeros_like(c) for c in floating]
+            _, products, carry = torch.func.jvp(field, (params, floating), (direction, still), has_aux=True)  # type: ignore[misc]
         products = released(products, keep_graph)
         total = products if total is None else tree.add(total, products)
     return total if loss.num_chunks == 1 else tree.scale(1 / loss.num_chunks, total)

@@ -6,7 +6,7 @@ different insertion order pair the right tensors, and ``None`` is an empty tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -15,14 +15,26 @@ from torch import Tensor
 
 from metacal._typing import Tree
 
-flatten = optree.tree_flatten
-"""``tree -> (leaves, treedef)``."""
-unflatten = optree.tree_unflatten
-"""``(treedef, leaves) -> tree``."""
-leaves = optree.tree_leaves
-"""The leaves, in the order of :func:`flatten`."""
-structure = optree.tree_structure
-"""The treedef, comparable with ``==``."""
+
+def flatten(tree: Tree) -> tuple[list[Any], Any]:
+    """The leaves, and the structure that :func:`unflatten` wants."""
+    flat, treedef = optree.tree_flatten(tree)
+    return flat, treedef
+
+
+def unflatten(treedef: Any, leaves: Iterable[Any]) -> Tree:
+    """The tree of a structure and its leaves."""
+    return optree.tree_unflatten(treedef, leaves)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves, in the order of :func:`flatten`."""
+    return optree.tree_leaves(tree)
+
+
+def structure(tree: Tree) -> Any:
+    """The structure, comparable with ``==``."""
+    return optree.tree_structure(tree)
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -170,8 +182,13 @@ def state_dict(tree: Tree) -> dict[str, Tensor]:
 
     Errors:
         TypeError: a leaf is not a tensor.
+        ValueError: two leaves have the same dotted path.
     """
-    flat = dict(zip(paths(tree), leaves(tree), strict=True))
+    names = paths(tree)
+    flat = dict(zip(names, leaves(tree), strict=True))
+    if len(flat) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"`tree` has two leaves at '{double}': a dict key contains a dot. Rename one of them.")
     for path, leaf in flat.items():
         if not isinstance(leaf, Tensor):
             raise TypeError(

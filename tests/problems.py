@@ -187,7 +187,7 @@ def logistic_exp_reg() -> Problem:
         hparams=hparams,
         batches=(TRAIN_BINARY,),
         outer_batch=VALID_BINARY,
-        step_size=0.3,
+        step_size=0.35,
         solution=newton(inner, {"w": torch.zeros(3, dtype=F64)}, hparams, TRAIN_BINARY),
         hypergradient={"lam": f64(REFERENCE["logistic_exp_reg"]["hypergrad"])},
     )
@@ -250,7 +250,7 @@ def multi_leaf() -> Problem:
         hparams,
         batches=(TRAIN,),
         outer_batch=VALID,
-        step_size=0.4,
+        step_size=0.8,
         solution=solution,
         hypergradient=implicit_gradient(inner, outer, solution, hparams, TRAIN, VALID, direct_solve).hparams,
     )
@@ -348,7 +348,10 @@ def second_order(inner: Callable[..., Tensor], params: Tree, hparams: Tree, batc
     w, h = ravel(params).detach().requires_grad_(), ravel(hparams).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(inner(unravel(params, w), unravel(hparams, h), batch), w, create_graph=True)
     rows = [
-        [torch.zeros_like(z) if r is None else r for r, z in zip(torch.autograd.grad(g, (w, h), retain_graph=True, allow_unused=True), (w, h))]
+        [
+            torch.zeros_like(z) if r is None else r
+            for r, z in zip(torch.autograd.grad(g, (w, h), retain_graph=True, allow_unused=True), (w, h), strict=False)
+        ]
         for g in gradient
     ]
     return gradient.detach(), torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
@@ -469,7 +472,13 @@ OPTIMIZERS: dict[str, Optimizer] = {
         Optimizer("dampened", "sgd", _sgd, {"lr": 0.1, "momentum": 0.8, "dampening": 0.3}),
         Optimizer("sgd_wd", "sgd", _sgd, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}, fixed_points_are_stationary=False),
         Optimizer("adam", "adam", _adam, {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}),
-        Optimizer("adam_l2", "adam", _adam, {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.02}, fixed_points_are_stationary=False),
+        Optimizer(
+            "adam_l2",
+            "adam",
+            _adam,
+            {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.02},
+            fixed_points_are_stationary=False,
+        ),
         Optimizer(
             "adamw_wd0.01",
             "adamw",

@@ -78,7 +78,7 @@ def test_digits_are_sklearns_divided_once_and_for_all() -> None:
     )
     assert got == wanted
     # stratified: a fifth of every class, to rounding
-    assert ((test.labels.bincount() - np.bincount(bundled.target) / 5).abs() <= 0.5).all()
+    assert (np.abs(test.labels.bincount().numpy() - np.bincount(bundled.target) / 5) <= 0.5).all()
     assert torch.equal(load("digits", "test").images, test.images)
     assert test.labels[:12].tolist() == [1, 2, 6, 0, 3, 6, 2, 5, 9, 9, 8, 1]  # published figures depend on this very split
 
@@ -110,7 +110,7 @@ def test_select_and_batch() -> None:
 def test_missing_files_name_the_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("METACAL_DATA", raising=False)
     for name in NAMES[1:]:
-        with pytest.raises(FileNotFoundError, match="`root`.*METACAL_DATA.*download=True"):
+        with pytest.raises(FileNotFoundError, match=r"`root`.*METACAL_DATA.*download=True"):
             load(name, "train")
         with pytest.raises(FileNotFoundError, match=f"{name}.*{re.escape(str(tmp_path))}.*METACAL_DATA.*download=True"):
             load(name, "train", root=tmp_path)
@@ -121,9 +121,9 @@ def test_missing_files_name_the_remedies(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ValueError, match="`name` should be one of digits, mnist, .*got 'mnits'"):
+    with pytest.raises(ValueError, match=r"`name` should be one of digits, mnist, .*got 'mnits'"):
         load("mnits", "train")
-    with pytest.raises(ValueError, match="`split` should be .*got 'validation'.*split_validation"):
+    with pytest.raises(ValueError, match=r"`split` should be .*got 'validation'.*split_validation"):
         load("digits", "validation")  # type: ignore[arg-type]
 
 
@@ -229,7 +229,7 @@ def test_splits_that_cannot_be_made() -> None:
     for fraction in (0.0, 1.0, -0.1, 20):
         with pytest.raises(ValueError, match="`fraction` should lie between 0 and 1"):
             split_validation(noise([5, 5]), fraction, seed=0)
-    with pytest.raises(ValueError, match="at least 2 images of every class.*class 1 has 1"):
+    with pytest.raises(ValueError, match=r"at least 2 images of every class.*class 1 has 1"):
         split_validation(noise([5, 1]), 0.5, seed=0)
     with pytest.raises(ValueError, match=r"`sizes` = \(4, 2\) needs 6 images per class; class 1 has 5"):
         split_per_class(noise([6, 5]), (4, 2), seed=0)
@@ -261,6 +261,7 @@ def test_batches_are_a_pure_function_of_seed_and_step() -> None:
     forwards = read(range(100))
     state = torch.get_rng_state()
     batch_indices(7, 8, 50, 0).zero_()  # what a caller does to its batch stays its own
+    assert batch_indices(7, 8, 50, 0).tolist() == forwards[7]
     assert read(range(99, -1, -1)) == forwards
     assert torch.equal(torch.get_rng_state(), state)
     epochs = {tuple(forwards[step]) for step in range(0, 100, 6)}
@@ -269,14 +270,7 @@ def test_batches_are_a_pure_function_of_seed_and_step() -> None:
     assert read(range(6), seed=1) != read(range(6))
     # the next seed's first epoch is not this one's second
     assert list(read(range(6), seed=1).values()) != list(read(range(6, 12), seed=0).values())
-    in_another_process = subprocess.run(
-        [sys.executable, "-c", "from metacal.data import batch_indices as b; print(b(50, 8, 50, 0).tolist())"],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert in_another_process.stdout.strip() == str(forwards[50])
+    assert forwards[50] == [26, 21, 12, 20, 27, 2, 45, 7]  # on every machine: a resumed run depends on it
 
 
 def test_every_sample_is_read_equally_often() -> None:
@@ -352,7 +346,7 @@ def test_samples_do_not_mix(channels: int) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_brightness_and_contrast_are_the_factors_they_say(channels: int) -> None:
-    x = torch.rand(256, channels, 8, 8) * 0.5
+    x = 0.1 + 0.5 * torch.rand(256, channels, 8, 8)
     factor = (augmenter(Augmentation(brightness=0.4, jitter=1), 8, channels)(x) / x).flatten(1)
     torch.testing.assert_close(factor.amin(1), factor.amax(1), rtol=1e-4, atol=1e-5)
     factor = factor[:, 0]
@@ -374,7 +368,8 @@ def test_affine_moves_what_it_should() -> None:
     x = torch.zeros(64, 1, 17, 17)
     x[:, :, 8, 8] = 1
     turned = augmenter(Augmentation(degrees=90), 17, 1)(x)
-    torch.testing.assert_close(turned, x, atol=1e-4, rtol=0)  # the centre stays
+    torch.testing.assert_close(turned[:, :, 8, 8], torch.ones(64, 1))  # the centre stays
+    assert turned.sum((1, 2, 3)).max() < 1.4
     assert augmenter(Augmentation(translate=0.25), 17, 1)(x)[:, 0].flatten(1).argmax(1).unique().numel() > 30
     ones = torch.ones(64, 1, 16, 16)
     share = augmenter(Augmentation(zoom=(0.5, 0.5)), 16, 1)(ones).mean((1, 2, 3))
@@ -388,6 +383,10 @@ def test_no_flip_unless_asked() -> None:
     x = torch.rand(8, 1, 6, 6)
     assert torch.equal(augmenter(Augmentation(), 6, 1)(x), x)
     assert torch.equal(augmenter(Augmentation(flip=1), 6, 1)(x), x.flip(-1))
+
+
+def test_rounding_does_not_leave_the_range() -> None:
+    assert augmenter(Augmentation(blur=1), 28, 1)(torch.ones(64, 1, 28, 28)).max() <= 1  # a kernel's weights may add up to 1 + 2e-7
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist", "cifar10"])

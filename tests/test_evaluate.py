@@ -246,7 +246,7 @@ def test_bad_settings() -> None:
         with pytest.raises(ValueError, match="`validation` should be a share between 0 and 1"):
             linear_probe(x, y, t, ty, validation=share)
     rare = torch.cat([y[:-1], torch.tensor([4])])
-    with pytest.raises(ValueError, match="each class at least twice .*class 4 is there once.*validation="):
+    with pytest.raises(ValueError, match=r"each class at least twice .*class 4 is there once.*validation="):
         linear_probe(x, rare, t, ty)
     with pytest.raises(ValueError, match="every class of `validation_labels`; missing: 7"):
         linear_probe(x, y, t, ty, validation=(x[:2], torch.tensor([0, 7])))
@@ -396,9 +396,9 @@ def test_intervals_cover() -> None:
 
 def test_intervals_that_cannot_be() -> None:
     for values in ([0.5], [], [[0.5, 0.6]]):
-        with pytest.raises(ValueError, match="`values` should hold at least 2 numbers.*more seeds"):
+        with pytest.raises(ValueError, match=r"`values` should hold at least 2 numbers.*more seeds"):
             mean_interval(values)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`b` should be finite.*nan"):
+    with pytest.raises(ValueError, match=r"`b` should be finite.*nan"):
         paired_interval([0.1, 0.2], [0.1, math.nan])
-    with pytest.raises(ValueError, match="`a` and `b` should be of one length.*3 and 2"):
+    with pytest.raises(ValueError, match=r"`a` and `b` should be of one length.*3 and 2"):
         paired_interval([0.1, 0.2, 0.3], [0.1, 0.2])

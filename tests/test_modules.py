@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import pytest
 import torch
-from problems import close, f64, loop, OPTIMIZERS, relative_error, tree_map
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import metacal
 from metacal import adjoints, linear, optim
+from problems import OPTIMIZERS, close, direct_solve, f64, implicit_gradient, loop, relative_error, tree_map
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,8 @@ def test_params_are_detached_copies() -> None:
     net = normalised()
     f, before = metacal.functional(net), snapshot(net)
     for value in (*f.params.values(), *f.buffers.values()):
-        assert not value.requires_grad and value.grad_fn is None
+        assert not value.requires_grad
+        assert value.grad_fn is None
         value.add_(1)
     unchanged(net, before)
     with torch.no_grad():
@@ -74,7 +76,8 @@ def test_keyword_arguments_and_several_outputs() -> None:
 
     f = metacal.functional(Two())
     out = f.apply(f.params, torch.ones(2), shift=3.0)
-    assert out["scaled"].tolist() == [2.0, 2.0] and out["shifted"].tolist() == [4.0, 4.0]
+    assert out["scaled"].tolist() == [2.0, 2.0]
+    assert out["shifted"].tolist() == [4.0, 4.0]
 
 
 def test_buffers_are_carried_and_never_written_in_place() -> None:
@@ -96,9 +99,6 @@ def test_buffers_are_carried_and_never_written_in_place() -> None:
 
 def test_training_mode_is_read_at_each_call() -> None:
     net, x = normalised(), torch.randn(7, 3)
-    for batch_norm in ("carry", "batch"):
-        f = metacal.functional(nn.Sequential(net[0], nn.Dropout(0.5)) if batch_norm == "batch" else net, batch_norm=batch_norm)
-        assert callable(f.apply)
     f = metacal.functional(net)
     train = f.apply(f.params, x)
     net.eval()
@@ -124,7 +124,8 @@ def test_tied_weights_appear_once_and_move_together() -> None:
     net(x).square().sum().backward()
     close(got["encoder.weight"], net.encoder.weight.grad, 1e-14)
     f.write({"encoder.weight": torch.ones(4, 4)})
-    assert net.decoder.weight is net.encoder.weight and bool((net.decoder.weight == 1).all())
+    assert net.decoder.weight is net.encoder.weight
+    assert bool((net.decoder.weight == 1).all())
 
     solver = metacal.descent(lambda p, h, b: f.apply(p, b).square().mean() * h, optim.sgd(0.05))
     estimate = metacal.hypergradient(lambda p, h, b: f.apply(p, b).mean(), solver, adjoints.Unrolled())
@@ -149,7 +150,8 @@ def test_frozen_parameters_are_constants(batch_norm: str) -> None:
     grads = torch.func.grad(lambda p: f.apply(p, x).square().sum())(f.params)
     assert grads.keys() == f.params.keys()
     f.write({k: v + 1 for k, v in f.params.items()})
-    assert torch.equal(net[0].weight, before["0.weight"]) and not net[0].weight.requires_grad
+    assert torch.equal(net[0].weight, before["0.weight"])
+    assert not net[0].weight.requires_grad
     close(net[2].weight.detach(), before["2.weight"] + 1, 0.0)
 
 
@@ -158,13 +160,13 @@ def test_write_puts_values_and_statistics_back() -> None:
     pointers = {k: v.data_ptr() for k, v in net.state_dict().items()}
     f, x = metacal.functional(net), torch.randn(7, 3)
     params = {k: 2 * v for k, v in f.params.items()}
-    out, carry = f.apply(params, x, carry=f.buffers)
+    _out, carry = f.apply(params, x, carry=f.buffers)
     f.write(params, carry)
     for name, value in {**params, **carry}.items():
         assert torch.equal(net.state_dict()[name], value), name
     assert {k: v.data_ptr() for k, v in net.state_dict().items()} == pointers, "written in place: an optimizer holding the module sees it"
     assert all(p.requires_grad for p in net.parameters())
-    with pytest.raises(ValueError, match="2.wieght"):
+    with pytest.raises(ValueError, match=r"2.wieght"):
         f.write({"2.wieght": torch.zeros(2, 5)})
 
 
@@ -201,7 +203,7 @@ def test_batch_statistics_need_no_carry_and_work_under_vmap() -> None:
 
 
 def test_unknown_batch_norm_is_refused() -> None:
-    with pytest.raises(ValueError, match="`batch_norm`.*'carry'.*'batch'.*'bacth'"):
+    with pytest.raises(ValueError, match=r"`batch_norm`.*'carry'.*'batch'.*'bacth'"):
         metacal.functional(normalised(), batch_norm="bacth")  # type: ignore[arg-type]
 
 
@@ -210,7 +212,8 @@ def test_unknown_batch_norm_is_refused() -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum0.9", "adam"])
 def test_law_13_batchnorm_as_carry_equals_a_plain_torch_loop(optimizer: str) -> None:
-    row, net = OPTIMIZERS[optimizer], normalised()
+    # No bias before the normalisation: its derivative is 0 up to rounding, which Adam would turn into steps of its own.
+    row, net = OPTIMIZERS[optimizer], nn.Sequential(nn.Linear(3, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
     xs, ys = torch.randn(6, 8, 3), torch.randint(0, 2, (6, 8))
     f, before = metacal.functional(net), snapshot(net)
 
@@ -219,27 +222,23 @@ def test_law_13_batchnorm_as_carry_equals_a_plain_torch_loop(optimizer: str) -> 
         return nn.functional.cross_entropy(out, b[1]), carry
 
     solver = metacal.descent(inner, row.build(), carry=f.buffers)
-    end = metacal.run(solver, solver.init(f.params, {}), {}, list(zip(xs, ys)))
+    end = metacal.run(solver, solver.init(f.params, {}), {}, list(zip(xs, ys, strict=True)))
     unchanged(net, before)
 
     torch_optimizer = row.torch(list(net.parameters()))
-    for x, y in zip(xs, ys):
+    for x, y in zip(xs, ys, strict=True):
         torch_optimizer.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
         torch_optimizer.step()
     for name, value in net.state_dict().items():
         got = {**end.params, **end.carry}[name]
         assert got.dtype == value.dtype, name
-        # The first bias has a derivative of exactly 0 that rounding makes 1e-17: Adam turns that into a step of its own.
-        tolerance = 1e-12 if name != "0.bias" or optimizer != "adam" else float("inf")
-        if tolerance < 1:
-            close(got, value, tolerance)
+        close(got, value, 1e-12)
     assert int(end.carry["1.num_batches_tracked"]) == 6
 
 
-@pytest.mark.parametrize("mode", ["mixed", "reverse", "graph"])
-@pytest.mark.parametrize("adjoint", ["unrolled", "implicit"])
-def test_hypergradients_with_batchnorm_as_carry(adjoint: str, mode: str) -> None:
+@pytest.mark.parametrize("adjoint", ["mixed", "reverse", "graph", "implicit"])
+def test_hypergradients_with_batchnorm_as_carry(adjoint: str) -> None:
     """Normalised by the batch, the statistics do not enter the loss: they come back right and change no derivative."""
     net = normalised()
     xs, ys, xv, yv = torch.randn(3, 8, 3), torch.randint(0, 2, (3, 8)), torch.randn(8, 3), torch.randint(0, 2, (8,))
@@ -253,10 +252,8 @@ def test_hypergradients_with_batchnorm_as_carry(adjoint: str, mode: str) -> None
     def outer(p: Any, h: Any, b: Any) -> Tensor:
         return cross_entropy(f.apply(p, b[0]), b[1])
 
-    if adjoint == "implicit" and mode != "mixed":
-        pytest.skip("an implicit adjoint has no modes")
-    chosen = adjoints.Unrolled(mode=mode) if adjoint == "unrolled" else adjoints.Implicit(linear.Dense())  # type: ignore[arg-type]
-    hparams, batches = {"scale": torch.ones(3)}, list(zip(xs, ys))
+    chosen = adjoints.Implicit(linear.Dense()) if adjoint == "implicit" else adjoints.Unrolled(mode=adjoint)  # type: ignore[arg-type]
+    hparams, batches = {"scale": torch.ones(3)}, list(zip(xs, ys, strict=True))
     solver = metacal.descent(inner, optim.sgd(0.1), carry=f.buffers)
     hg = metacal.hypergradient(outer, solver, chosen)(solver.init(f.params, hparams), hparams, batches, (xv, yv))
     unchanged(net, before)
@@ -265,17 +262,13 @@ def test_hypergradients_with_batchnorm_as_carry(adjoint: str, mode: str) -> None
         return inner(p, h, b, f.buffers)[0]
 
     h = {"scale": torch.ones(3, requires_grad=True)}
-    if adjoint == "unrolled":
+    if adjoint != "implicit":
         w = loop(pure, OPTIMIZERS["sgd"], tree_map(torch.clone, f.params), h, batches)
         (truth,) = torch.autograd.grad(outer(w, h, (xv, yv)), h["scale"])
         close(hg.hparams["scale"], truth)
     else:
-        from problems import direct_solve, implicit_gradient
-
         w = tree_map(torch.Tensor.detach, loop(pure, OPTIMIZERS["sgd"], tree_map(torch.clone, f.params), h, batches))
         close(hg.hparams, implicit_gradient(pure, outer, w, h, batches[-1], (xv, yv), direct_solve).hparams, 1e-9)
-    for x, _ in batches:
-        pass
     reference = copy.deepcopy(net)
     plain = optim_loop(reference, batches)
     close(hg.state.carry["1.running_mean"], plain["1.running_mean"], 1e-12)
@@ -305,33 +298,37 @@ class Checkpointed(nn.Module):
         return self.head(checkpoint(lambda z: torch.tanh(self.body(z)), x, use_reentrant=self.use_reentrant))
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("input_requires_grad", [False, True])
-@pytest.mark.parametrize("how", ["apply and backward", "func.grad", "hypergradient mixed", "hypergradient graph", "hypergradient implicit", "solve"])
+HOW = ("apply and backward", "func.grad", "unrolled mixed", "unrolled reverse", "unrolled graph", "implicit", "solve")
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("through_input", [False, True], ids=["", "through the input"])
+@pytest.mark.parametrize("evaluated_before", [False, True], ids=["", "evaluated before"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-def test_checkpointing_modules_are_refused(use_reentrant: bool, input_requires_grad: bool, how: str) -> None:
+def test_checkpointing_modules_are_refused(use_reentrant: bool, through_input: bool, evaluated_before: bool, how: str) -> None:
+    """Both kinds, whether or not a derivative reaches the block's input (the reentrant kind drops its parameters' silently if not)."""
     f = metacal.functional(Checkpointed(use_reentrant))
-    x = torch.randn(5, 3, requires_grad=input_requires_grad)
-    # In a chain of layers the input of a checkpointed block does require grad: the reentrant kind differentiates only then.
-    inside = (lambda x: x * 1.0) if input_requires_grad else (lambda x: x)
+    x, h = torch.randn(5, 3), torch.tensor(1.0)
+    remedy = pytest.raises(RuntimeError, match=r"checkpoint.*gradient_checkpointing_disable")
 
     def loss(p: Any, h: Any, b: Any) -> Tensor:
-        return f.apply(p, inside(h * b.detach()) if input_requires_grad else b).square().mean() * h
+        return f.apply(p, b * p["head.bias"].mean() if through_input else b).square().mean() * h
 
-    hparam = torch.tensor(1.0)
-    with pytest.raises(RuntimeError, match="checkpoint.*gradient_checkpointing_disable"):
+    if evaluated_before:
+        # Harmless where nothing is differentiated, and so allowed; what comes after is refused all the same.
+        with contextlib.suppress(RuntimeError), torch.no_grad():
+            f.apply(f.params, x)
+    with remedy:
         if how == "apply and backward":
-            params = {k: v.requires_grad_() for k, v in f.params.items()}
-            loss(params, hparam.requires_grad_(), x).backward()
+            loss({k: v.requires_grad_() for k, v in f.params.items()}, h, x).backward()
         elif how == "func.grad":
-            torch.func.grad(lambda p: loss(p, hparam, x.detach()))(f.params)
+            torch.func.grad(lambda p: loss(p, h, x))(f.params)
         elif how == "solve":
             solver = metacal.descent(loss, optim.sgd(0.1))
-            metacal.solve(solver, f.params, hparam.requires_grad_(), [x.detach()])["head.weight"].sum().backward()
+            metacal.solve(solver, f.params, h.requires_grad_(), [x])["head.weight"].sum().backward()
         else:
-            adjoint = {"mixed": adjoints.Unrolled(), "graph": adjoints.Unrolled(mode="graph"), "implicit": adjoints.Implicit(linear.CG(2))}
+            kind, _, mode = how.partition(" ")
+            adjoint = adjoints.Unrolled(mode=mode) if kind == "unrolled" else adjoints.Implicit(linear.CG(2))  # type: ignore[arg-type]
             solver = metacal.descent(loss, optim.sgd(0.1))
-            estimate = metacal.hypergradient(loss, solver, adjoint[how.split()[1]])
-            estimate(solver.init(f.params, hparam), hparam, [x.detach()], x.detach())
-
-
+            metacal.hypergradient(loss, solver, adjoint)(solver.init(f.params, h), h, [x], x)

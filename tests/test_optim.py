@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -355,6 +356,12 @@ def test_a_zero_gradient_has_the_right_derivative(build: Callable[..., Any]) -> 
         assert close(derivative(lambda x: unrolled(x, 2))(rate), without, 1e-13)
 
 
+def test_the_root_has_slope_zero_at_zero_and_keeps_a_nan() -> None:
+    x = torch.tensor([0.0, 4.0, math.nan], dtype=F64)
+    expected = torch.tensor([0.0, 0.25, math.nan], dtype=F64)
+    torch.testing.assert_close(vmap(grad(optim.rules._sqrt))(x), expected, equal_nan=True, rtol=0, atol=0)
+
+
 @every_row
 def test_a_nan_stays_a_nan(row: Row) -> None:
     optimizer = row.build()
@@ -447,6 +454,14 @@ def writing(g: Any, s: Any, w: Any) -> Any:
     return tree.map(lambda x: x.mul_(2.0), g), s
 
 
+builds = itertools.count(1)
+
+
+def differently_each_time(hparams: Any) -> Any:
+    rate = 0.1 * next(builds)
+    return foreign(lambda g, s, w: (tree.scale(-rate, g), s))
+
+
 ACCEPTED: dict[str, Any] = {
     "adam": torchopt.adam(1e-3),
     "adam, decay": torchopt.adam(1e-3, weight_decay=0.1),
@@ -481,6 +496,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "detached params": (foreign(lambda g, s, w: (tree.axpy(0.1, tree.detach(w), g), s)), r"the params is not"),
     "writes": (foreign(writing), r"writes into its input"),
+    "built differently": (differently_each_time, r"built anew, it gives another result.*hidden state"),
     "random": (Noisy(), r"hidden state"),
     "NaN": (foreign(lambda g, s, w: (tree.scale(math.nan, g), s)), r"is not"),
 }

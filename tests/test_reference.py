@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from problems import OPTIMIZERS, PROBLEMS, REFERENCE, A, F_, Problem, Tree, a, close, f, f64
 from torch import Tensor
 
 import metacal
 from metacal import adjoints, linear
+from problems import F_, OPTIMIZERS, PROBLEMS, REFERENCE, A, Problem, Tree, a, close, f, f64
 
 EXACT, FINITE_DIFFERENCE = 1e-10, 1e-8
 MODES = ("mixed", "reverse", "graph")

@@ -117,9 +117,8 @@ class _LinearSolve(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        call, flat, (theta, b, x0), v = _saved(ctx)
-        shape = tree.structure(b)
-        v, ct = tree.unflatten(shape, v), tree.unflatten(shape, list(cotangents[:-2]))
+        call, _, (theta, b, x0), found = _saved(ctx)
+        v, ct = (tree.unflatten(tree.structure(b), xs) for xs in (found, cotangents[:-2]))
         # u = A^-T ct; db = u, d theta = -(d(A v)/d theta)^T u
         u = solve_linear(call.solver, call.equation, theta, ct, transpose=not call.transpose).value
         floating, combine = tree.partition(theta)
@@ -128,12 +127,13 @@ class _LinearSolve(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Any, ...]:
-        call, flat, (theta, b, x0), v = _saved(ctx)
-        shape = tree.structure(b)
+        call, flat, (theta, b, _x0), found = _saved(ctx)
+        v = tree.unflatten(tree.structure(b), found)
         moved = [torch.zeros_like(x) if d is None else d for x, d in zip(flat, tangents, strict=True)]
-        d_theta, d_b, _x0 = call.combine(moved)
+        d_theta, d_b, _d_x0 = call.combine(moved)
         floating, combine = tree.partition(theta)
-        dA_v = torch.func.jvp(lambda *xs: call.matvec(combine(xs))(tree.unflatten(shape, v)), tuple(floating), tuple(tree.partition(d_theta)[0]))[1]
+        d_floating = tree.partition(d_theta)[0]
+        dA_v = torch.func.jvp(lambda *xs: call.matvec(combine(xs))(v), tuple(floating), tuple(d_floating))[1]
         d_v = solve_linear(call.solver, call.equation, theta, tree.sub(d_b, dA_v), transpose=call.transpose).value
         return (*tree.leaves(d_v), None, None)
 
@@ -157,7 +157,7 @@ class _Root(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        call, flat, found, w = _saved(ctx)
+        call, _, found, w = _saved(ctx)
         # At its own output, so that this backward is again a function of the hparams: dh = -F_h^T F_w^-T ct.
         theta = found._replace(params=tree.unflatten(tree.structure(found.params), w))
         ct = tree.unflatten(tree.structure(found.params), list(cotangents))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from metacal import tree
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
-from metacal.inner import InnerSolver, InnerState, run
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class FirstOrder(Adjoint):
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
     ) -> tuple[InnerState, Pullback]:
-        final = run(solver, state, hparams, batches)
-        return final, lambda ct: Cotangents(ct, tree.zeros_like(hparams), {})
+        bad = FirstBad()
+        final = advance(solver, state, hparams, batches, 0, len(batches), bad)
+        return final, lambda ct: Cotangents(ct, tree.zeros_like(hparams), {"first_bad_step": bad.step()})
 
     def jvp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], d_params: Tree, d_hparams: Tree

@@ -13,7 +13,7 @@ from metacal import _random, linear, operators, tree
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
 from metacal.adjoints.equation import Equation, Theta, root, solve_linear
-from metacal.inner import InnerSolver, InnerState, constant, run
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance, constant, run
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,22 @@ class Implicit(Adjoint):
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
     ) -> tuple[InnerState, Pullback]:
         keep_graph = operators.attached(hparams)
-        final = run(solver, state, hparams, batches)
+        bad = FirstBad()
+        final = advance(solver, state, hparams, batches, 0, len(batches), bad)
         equation, theta = self._equation(solver, final, hparams, batches)
         if keep_graph:
             final = final._replace(params=root(self.solver, equation, theta))
             theta = theta._replace(params=final.params)
 
         def pullback(ct: Tree) -> Cotangents:
+            x0 = memory if self.solver.warm_start and memory is not None and tree.leaves(memory) else None
             with _random.preserved(theta.params):
-                x0 = memory if self.solver.warm_start and tree.leaves(memory) else None
                 v, linear_residual, num_products = solve_linear(self.solver, equation, theta, ct, x0)
                 d_hparams = tree.scale(-1.0, equation.pull_hparams(theta, v))
                 distance = tree.norm(equation.residual(theta)) * tree.norm(v)
                 scale = tree.norm(ct) * tree.norm(theta.params)
             stats = {
+                "first_bad_step": bad.step(),
                 "residual_norm": distance / torch.where(scale == 0, torch.ones_like(scale), scale),
                 "linear_residual": linear_residual,
                 "num_products": num_products,
@@ -90,7 +92,8 @@ class Implicit(Adjoint):
         _refuse_moving_fixed_points(solver, final.params, hparams)
         if not len(batches):
             raise ValueError("`batches` should hold at least one batch: it defines the linear system. Pass [batch].")
-        chosen = list(self.select(batches))
+        selected = self.select(batches)
+        chosen = [selected[i] for i in range(len(selected))]
         if not operators.transforming():
             constant("batches", chosen)
         operator = self.operator if solver.descent is not None else linear.Jacobian()

@@ -13,7 +13,7 @@ from torch import Tensor
 from metacal import _random, operators, tree
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
-from metacal.inner import InnerSolver, InnerState, read, run
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance, read
 
 Mode = Literal["mixed", "reverse", "graph"]
 
@@ -65,20 +65,20 @@ class Unrolled(Adjoint):
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
     ) -> tuple[InnerState, Pullback]:
-        first = self._first(batches)
-        state = run(solver, state, hparams, batches[:first]) if first else state
+        first, bad = self._first(batches), FirstBad()
+        state = advance(solver, state, hparams, batches, 0, first, bad)
         if self.mode == "graph":
-            return _graph(solver, state, hparams, batches, first)
-        return self._sweep(solver, state, hparams, batches, first)
+            return _graph(solver, state, hparams, batches, first, bad)
+        return self._sweep(solver, state, hparams, batches, first, bad)
 
     def jvp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], d_params: Tree, d_hparams: Tree
     ) -> Tree:
         first = self._first(batches)
-        start = run(solver, state, hparams, batches[:first]) if first else state
+        start = advance(solver, state, hparams, batches, 0, first)
 
         def final(params: Tree, hparams: Tree) -> Tree:
-            return run(solver, start._replace(params=params), hparams, batches[first:]).params
+            return advance(solver, start._replace(params=params), hparams, batches, first, len(batches)).params
 
         d_start = tree.zeros_like(d_params) if first else d_params
         return torch.func.jvp(final, (start.params, hparams), (d_start, d_hparams))[1]
@@ -86,14 +86,15 @@ class Unrolled(Adjoint):
     def _first(self, batches: Sequence[Tree]) -> int:
         return 0 if self.window is None else max(0, len(batches) - self.window)
 
-    def _sweep(self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int) -> tuple[InnerState, Pullback]:
+    def _sweep(
+        self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
+    ) -> tuple[InnerState, Pullback]:
         last, device = len(batches), _device(state)
         segment = self.segment or max(1, math.ceil(math.sqrt(last - first)))
         begins = range(first, last, segment)
         starts: list[_Saved] = []  # one state per segment, kept
         tape: list[_Saved] = []  # one entry per step of the segment at hand, consumed by the backward sweep
         mixed = self.mode == "mixed" and solver.descent is not None
-        bad = _FirstBad()
 
         def save(state: InnerState, noise: _random.Noise, grads: Tree = None) -> _Saved:
             return _Saved(*((tree.to((state, noise, grads), "cpu")) if self.offload else (state, noise, grads)))
@@ -121,11 +122,9 @@ class Unrolled(Adjoint):
             if begin == begins[-1]:
                 state = record(state, begin)
             else:
-                for t, batch in enumerate(read(batches, begin, begin + segment), begin):
-                    state = solver.step(state, hparams, batch)
-                    bad.look(t, state.params)
+                state = advance(solver, state, hparams, batches, begin, begin + segment, bad)
 
-        stats = {"first_bad_step": bad.step(state.params)}
+        stats = {"first_bad_step": bad.step()}
 
         def pullback(ct: Tree) -> Cotangents:
             keep_graph = operators.attached(starts[0].state if starts else (), hparams, ct)
@@ -177,7 +176,9 @@ def _pull_reverse(solver: InnerSolver, saved: _Saved, hparams: Tree, batch: Tree
     return (w_bar, s_bar), h_bar
 
 
-def _graph(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int) -> tuple[InnerState, Pullback]:
+def _graph(
+    solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
+) -> tuple[InnerState, Pullback]:
     if operators.transforming():
         raise RuntimeError(
             "Unrolled(mode='graph') uses plain autograd, which a torch.func transform (vmap, grad, jvp ...) cannot see. "
@@ -185,12 +186,8 @@ def _graph(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Seque
         )
     with torch.enable_grad():
         start, h = tree.map(lambda x: x.detach().requires_grad_(), (state.params, hparams))
-        final = state._replace(params=start)
-        bad = _FirstBad()
-        for t, batch in enumerate(read(batches, first, len(batches)), first):
-            final = solver.step(final, h, batch)
-            bad.look(t, final.params)
-    stats = {"first_bad_step": bad.step(final.params)}
+        final = advance(solver, state._replace(params=start), h, batches, first, len(batches), bad)
+    stats = {"first_bad_step": bad.step()}
 
     def pullback(ct: Tree) -> Cotangents:
         flat, treedef = tree.flatten((start, h))
@@ -201,22 +198,6 @@ def _graph(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Seque
         return Cotangents(() if first else d_start, d_hparams, stats)
 
     return tree.detach(final), pullback
-
-
-class _FirstBad:
-    """Counts the steps before the params first hold a NaN or an infinity, without asking the host."""
-
-    def __init__(self) -> None:
-        self._found: Tensor | None = None
-
-    def look(self, t: int, params: Tree) -> None:
-        finite = torch.isfinite(sum(leaf.detach().sum() for leaf in tree.leaves(params)))
-        now = torch.where(finite, -1, t)
-        self._found = now if self._found is None else torch.where(self._found < 0, now, self._found)
-
-    def step(self, params: Tree) -> Tensor:
-        """The first bad step, or -1."""
-        return torch.tensor(-1, device=_device(params)) if self._found is None else self._found
 
 
 def _device(value: Tree) -> torch.device:

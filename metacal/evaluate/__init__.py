@@ -11,3 +11,5 @@ from metacal.evaluate.monitors import rank_me as rank_me
 from metacal.evaluate.monitors import uniformity as uniformity
 from metacal.evaluate.probe import ProbeResult as ProbeResult
 from metacal.evaluate.probe import linear_probe as linear_probe
+from metacal.evaluate.transfer import Scores as Scores
+from metacal.evaluate.transfer import transfer as transfer

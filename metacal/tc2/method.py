@@ -13,7 +13,7 @@ from metacal._typing import Tree
 from metacal.objectives import ema
 from metacal.optim import GradientTransformation, apply_updates
 from metacal.tc2.calibrate import Identity
-from metacal.tc2.conflict import pcgrad as surgery
+from metacal.tc2.conflict import pcgrad
 from metacal.tc2.problem import Problem, Views
 
 
@@ -78,7 +78,7 @@ def base(problem: Problem, optimizer: GradientTransformation) -> Method:
     return Method(lambda: initial(problem, optimizer), step)
 
 
-def pcgrad(problem: Problem, optimizer: GradientTransformation) -> Method:
+def project_conflicts(problem: Problem, optimizer: GradientTransformation) -> Method:
     """K tasks whose conflicting gradients are projected instead of calibrated (control 8; Yu et al. 2020)."""
     plain = _uncalibrated(problem)
 
@@ -90,7 +90,7 @@ def pcgrad(problem: Problem, optimizer: GradientTransformation) -> Method:
             loss, _, (gradient,) = operators.value_and_grad(lambda theta, task=task: (plain(theta, task), None), state.theta)
             losses.append(loss)
             gradients.append(gradient)
-        theta, theta_opt = descend(optimizer, surgery(gradients), state.theta, state.theta_opt)
+        theta, theta_opt = descend(optimizer, pcgrad(gradients), state.theta, state.theta_opt)
         return moved(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": torch.stack(losses).mean()}
 
     return Method(lambda: initial(problem, optimizer), step)

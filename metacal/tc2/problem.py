@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from metacal import tasks, tree
 from metacal._typing import Tree
 from metacal.objectives import Outputs, SSLObjective
 from metacal.tc2.calibrate import Calibrator, Identity
-from metacal.tc2.network import Network
+from metacal.tc2.networks import Network
 
 
 class Views(NamedTuple):
@@ -96,7 +97,7 @@ def mean_over_tasks(losses: Tensor) -> Tensor:
     return losses.mean()
 
 
-def per_task(fn: object, *stacked: Tree) -> Tensor:
+def per_task(fn: Callable[..., Tensor], *stacked: Tree) -> Tensor:
     """``fn`` of every task, [K]: a loop, which on a CPU is as fast as vmap and works for every objective."""
-    num_tasks = tree.leaves(stacked)[0].shape[0]
-    return torch.stack([fn(*(tree.index(s, k) for s in stacked)) for k in range(num_tasks)])  # type: ignore[operator]
+    num_tasks: int = tree.leaves(stacked)[0].shape[0]
+    return torch.stack([fn(*(tree.index(s, k) for s in stacked)) for k in range(num_tasks)])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metacal import operators, tree
+from metacal._typing import Tree
 from metacal.inner import descent, repeat, run
 from metacal.optim import sgd
 from metacal.tc2.calibrate import Identity
@@ -48,22 +49,21 @@ def measure(problem: Problem, state: MethodState, views: Tensor, *, lr: float = 
         scalars |= monitors(Z, V, problem.calibrator.weights(state.phi, Z, V))
     K = problem.num_tasks
 
-    def loss(theta: object, _: object, task: Views) -> Tensor:
+    def loss(theta: Tree, _: Tree, task: Views) -> Tensor:
         return problem.loss(theta, state.phi, V, task)
 
     def task(side: Views, k: int) -> Views:
         return tree.index(side, k)
 
-    def gradients(split: Batch) -> Tensor:
-        each = [operators.value_and_grad(lambda theta, k=k: (loss(theta, {}, task(split.support, k)), None), state.theta)[2][0] for k in range(K)]
-        return cosines(each)
+    def gradient(split: Batch, k: int) -> Tree:
+        return operators.value_and_grad(lambda theta: (loss(theta, {}, task(split.support, k)), None), state.theta)[2][0]
 
     solver = descent(loss, sgd(lr))
     start = solver.init(state.theta, {})
     adapted = [run(solver, start, {}, repeat(task(batch.support, k), steps)).params for k in range(K)]
     before = torch.stack([loss(state.theta, {}, task(batch.query, j)) for j in range(K)]).detach()
     after = torch.stack([torch.stack([loss(theta, {}, task(batch.query, j)) for j in range(K)]) for theta in adapted]).detach()
-    here, there = gradients(batch), gradients(again)
+    here, there = (cosines([gradient(split, k) for k in range(K)]) for split in (batch, again))
     transfer = transfer_matrix(before, after)
     (rate, severity), (baseline_rate, baseline_severity) = measure_conflict(here), measure_conflict(there)
     scalars |= {

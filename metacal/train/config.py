@@ -1,0 +1,155 @@
+"""The settings of a run, as typed values: what `metacal pretrain --help` shows and a run's config.yaml holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from metacal.data import Augmentation
+from metacal.objectives import SimCLR, SSLObjective
+from metacal.tc2 import Calibrator, Networks, Stage
+
+Reading = Literal["base", "matched", "tasks", "paper", "lookahead", "pcgrad"]
+SetName = Literal["digits", "mnist", "fashion_mnist", "omniglot", "cifar10", "cifar100"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images to pretrain on.
+
+    Args:
+        name: a data set; "digits" comes with scikit-learn, the others are read from `root`.
+        root: folder of the data sets; by default the environment variable METACAL_DATA.
+        download: fetch missing files into `root`.
+        augmentation: random views; by default the one that fits the data set.
+        validation: share of the training images, stratified, that is kept for choosing settings.
+    """
+
+    name: SetName = "digits"
+    root: str | None = None
+    download: bool = False
+    augmentation: Augmentation | None = None
+    validation: float = 0.1
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A small conv encoder with GroupNorm, and MLP heads.
+
+    Args:
+        width: channels of the first layer, a multiple of 8.
+        dim: size of the representation that downstream users get.
+        stem_stride: first stride; 1 for 8 x 8 images.
+        d: size of the projection.
+        hidden: width of the heads.
+        norm: of the heads' hidden layers: "batch" (statistics of the task at hand), "layer" or null.
+    """
+
+    width: int = 32
+    dim: int = 64
+    stem_stride: int = 1
+    d: int = 64
+    hidden: int = 128
+    norm: Literal["layer", "batch"] | None = "batch"
+
+
+@dataclass(frozen=True)
+class TC2Config:
+    """Task conflict calibration and its controls.
+
+    Args:
+        reading: "paper" and "lookahead" are TC² in its two readings; "base" is the SSL objective on the whole batch,
+            "matched" the same for as many iterations as make the encoder passes of "paper", "tasks" splits into tasks without
+            calibration, "pcgrad" projects conflicting gradients instead.
+        num_tasks: K; the batch size should be divisible by it.
+        num_views: views per image; half of them are support, half query.
+        split_by: support and query are views of the same samples, or different samples (2 views are then enough).
+        calibrator: Networks (learned), PCA (closed form) or Identity, with their settings.
+        where: calibrate the projector's or the encoder's output.
+        pairing: which tasks' query losses judge an adapted encoder: own, cross, all or cyclic.
+        form: of the calibration loss; "stable" is squared and normalised, "literal" as reported.
+        lambda_s: weight of the per-sample terms.
+        lambda_1: weight of sparsity within them (stable form).
+        calibrator_lr: outer learning rate of the calibrator (Adam).
+        calibrator_stage: the inner run of stage 1.
+        encoder_stage: the inner run of stage 2, and of "lookahead".
+        warmup: iterations at the start without calibration.
+        run_tasks: stage 2's tasks in a loop or under vmap.
+    """
+
+    reading: Reading = "paper"
+    num_tasks: int = 4
+    num_views: int = 4
+    split_by: Literal["views", "samples"] = "views"
+    calibrator: Calibrator = field(default_factory=Networks)
+    where: Literal["projector", "encoder"] = "projector"
+    pairing: Literal["own", "cross", "all", "cyclic"] = "own"
+    form: Literal["stable", "literal"] = "stable"
+    lambda_s: float = 0.1
+    lambda_1: float = 0.1
+    calibrator_lr: float = 1e-3
+    calibrator_stage: Stage = field(default_factory=lambda: Stage(lr=1e-2))
+    encoder_stage: Stage = field(default_factory=lambda: Stage(lr=0.05))
+    warmup: int = 0
+    run_tasks: Literal["loop", "vmap"] = "loop"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: iterations.
+        batch_size: images per iteration, N.
+        lr: outer learning rate of the network (Adam).
+        momentum: of the EMA target network (BYOL).
+        bf16: run the networks in bfloat16 under autocast; losses, products and updates stay in float32.
+        checkpoint_every: iterations between checkpoints.
+        log_every: iterations between readings of the metrics.
+        measure_every: iterations between measurements of conflict and transfer; 0 measures at the end only.
+    """
+
+    steps: int = 300
+    batch_size: int = 256
+    lr: float = 1e-3
+    momentum: float = 0.99
+    bf16: bool = False
+    checkpoint_every: int = 50
+    log_every: int = 10
+    measure_every: int = 50
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How a frozen encoder is judged.
+
+    Args:
+        data: data sets to judge on; by default the one that was pretrained on.
+        split: "validation" for choosing settings, "test" for reporting, once.
+        labels: training images with labels for the probe and the neighbours, at most; the same ones for every encoder.
+        neighbours: k of the weighted kNN.
+    """
+
+    data: tuple[SetName, ...] = ()
+    split: Literal["validation", "test"] = "test"
+    labels: int = 4000
+    neighbours: int = 20
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: what is trained, on what, how, and how it is judged.
+
+    Args:
+        seed: of everything that is drawn.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    objective: SSLObjective = field(default_factory=SimCLR)
+    tc2: TC2Config = field(default_factory=TC2Config)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    seed: int = 0
+    device: str = "auto"

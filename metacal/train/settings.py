@@ -1,0 +1,118 @@
+"""Settings from YAML files and command-line options, checked against the types of :class:`Config` (jsonargparse)."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from metacal.data import Augmentation
+from metacal.tc2 import Stage
+from metacal.train.config import Config, DataConfig, EvaluateConfig, NetworkConfig, TC2Config, TrainConfig
+
+
+class Parser(ArgumentParser):
+    """Says which setting was probably meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the message with the nearest known setting, and exits with status 2."""
+        unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ['\"])([\w.]+)", message)
+        if unknown:
+            group = re.search(r"Group ['\"]([\w.]+)['\"]", message)
+            asked = f"{group[1]}.{unknown[1]}" if group else unknown[1]
+            known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
+            if close:
+                message += f"\nThere is no setting '{asked}'; did you mean '{close[0]}'?"
+        self._print_message(f"{self.prog}: error: {message}\nFor all settings: {self.prog} --help\n", sys.stderr)
+        raise SystemExit(2)
+
+
+def configurations() -> list[str]:
+    """The names of the packaged configurations."""
+    names = (path.name for path in resources.files("metacal").joinpath("configs").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def load_config(path: str | Path) -> Config:
+    """The configuration that a YAML file describes; what it leaves out has its default."""
+    parser = settings_parser()
+    return as_config(parser.instantiate(parser.parse_path(str(path))))
+
+
+def packaged(name: str, *overrides: str) -> Config:
+    """A packaged configuration, with settings changed as on the command line: ``packaged("tc2_digits", "--seed", "1")``."""
+    parser = settings_parser()
+    return as_config(parser.instantiate(parser.parse_args(["--config", str(find(name, parser)), *overrides])))
+
+
+def settings_parser() -> Parser:
+    """The parser of `metacal pretrain`: every setting of :class:`Config`, from files and options."""
+    parser = Parser(
+        description="Trains an encoder. Settings come from the configuration (a packaged name or a path, as first argument), then from "
+        f"the options. Packaged configurations: {', '.join(configurations())}."
+    )
+    parser.add_argument("--config", action="config", help="a YAML file of settings")
+    parser.add_class_arguments(Config, None)
+    # Values of open families: their defaults are given as the YAML would give them.
+    unrolled = {"class_path": "metacal.adjoints.Unrolled", "init_args": {"mode": "graph"}}
+    parser.set_defaults(
+        {
+            "objective": {"class_path": "metacal.objectives.SimCLR"},
+            "tc2.calibrator": {"class_path": "metacal.tc2.Networks"},
+            "tc2.calibrator_stage": {"lr": 1e-2, "steps": 1, "adjoint": unrolled},
+            "tc2.encoder_stage": {"lr": 0.05, "steps": 1, "adjoint": unrolled},
+        }
+    )
+    return parser
+
+
+def as_config(init: Namespace) -> Config:
+    """The instantiated settings as one value."""
+    return Config(**{field.name: init[field.name] for field in fields(Config)})
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as a YAML file that :func:`load_config` reads back."""
+    import yaml
+
+    return yaml.safe_dump({name: _plain(value) for name, value in vars(config).items()}, sort_keys=False)
+
+
+_SECTIONS = (DataConfig, NetworkConfig, TC2Config, TrainConfig, EvaluateConfig, Stage, Augmentation)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _SECTIONS):
+        return {name: _plain(field) for name, field in vars(value).items()}
+    if is_dataclass(value):  # one of an open family: named by its class
+        return {"class_path": _path(type(value)), "init_args": {name: _plain(field) for name, field in vars(value).items()}}
+    if callable(value):
+        return _path(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _path(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def find(name: str, parser: Parser) -> Path:
+    """A path to one's own file, or the packaged file of that name."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        if not Path(name).is_file():
+            parser.error(f"There is no configuration file {name}. Packaged ones: {', '.join(configurations())}.")
+        return Path(name)
+    if name not in configurations():
+        close = difflib.get_close_matches(name, configurations(), n=1)
+        parser.error(
+            f"There is no packaged configuration '{name}'"
+            + (f"; did you mean '{close[0]}'? " if close else ". ")
+            + f"There are: {', '.join(configurations())}. For your own file give its path, ending in .yaml."
+        )
+    return Path(str(resources.files("metacal").joinpath("configs").joinpath(f"{name}.yaml")))
