@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Noise(NamedTuple):
 
 def noise(*trees: Tree) -> Noise:
     """The present state of the CPU generator and of those of the CUDA devices on which the trees live."""
+    with _unseen():
+        return _noise(trees)
+
+
+def _noise(trees: Tree) -> Noise:
     devices = {leaf.device for leaf in tree.leaves(trees) if isinstance(leaf, Tensor) and leaf.is_cuda}
     indices = {torch.cuda.current_device() if d.index is None else d.index for d in devices}
     return Noise(torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in sorted(indices)})
@@ -36,15 +41,21 @@ def same_or(previous: Noise | None, now: Noise) -> Noise:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    # Generator states are host bytes; compared through numpy so that no torch.func transform or counter sees it.
-    return bool((a.numpy() == b.numpy()).all())
+    with _unseen():
+        return bool((a.numpy() == b.numpy()).all())
+
+
+def _unseen() -> Any:
+    # Generator states are host bytes: a torch.func transform that wrapped them could not hand them back to a generator.
+    return torch._C._DisableFuncTorch()
 
 
 def restore(state: Noise) -> None:
     """Puts the generators back into ``state``."""
-    torch.set_rng_state(state.cpu)
-    for i, cuda in state.cuda.items():
-        torch.cuda.set_rng_state(cuda, i)
+    with _unseen():
+        torch.set_rng_state(state.cpu)
+        for i, cuda in state.cuda.items():
+            torch.cuda.set_rng_state(cuda, i)
 
 
 @contextmanager

@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, ArithmeticError, RuntimeError) as error:
         print(f"metacal {command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print(f"metacal {command}: {stop}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -73,7 +76,7 @@ def _parser() -> Parser:
     evaluate.add_argument("run", type=str, help="folder of a run")
     evaluate.add_argument("--data", type=str, default=None, help="data sets, separated by commas; by default the run's own")
     evaluate.add_argument("--split", type=str, default="test", choices=["validation", "test"], help="validation to choose, test to report")
-    evaluate.add_argument("--labels", type=int, default=4000, help="training images with labels, at most")
+    evaluate.add_argument("--labels", type=int | None, default=None, help="training images with labels, at most; by default the run's own")
     commands.add_subcommand("evaluate", evaluate, help="judge a run on data sets")
 
     report = Parser(description="Writes one self-contained HTML page about one or several runs.")
@@ -112,7 +115,8 @@ def _evaluate(parser: Parser, parsed: Namespace) -> None:
     folder = Path(given["run"])
     config = _run_config(folder)
     names = tuple(given["data"].split(",")) if given["data"] else ()
-    evaluate = replace(config.evaluate, data=names or config.evaluate.data, split=given["split"], labels=given["labels"])
+    labels = given["labels"] or config.evaluate.labels
+    evaluate = replace(config.evaluate, data=names or config.evaluate.data, split=given["split"], labels=labels)
     scores = judge(config, restore(config, folder), evaluate)
     write_scores(folder, read_results(folder), scores, given["split"])
     print_scores({str(folder): scores})
@@ -126,7 +130,9 @@ def _report(parser: Parser, parsed: Namespace) -> None:
     for folder in folders:
         _run_config(folder)
     out = Path(parsed["report"]["out"] or folders[0] / "report.html")
-    report.write(out, summarise({folder.name: folder for folder in folders}))
+    names = [folder.resolve().name for folder in folders]
+    named = {name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, folders, strict=True)}
+    report.write(out, summarise(named))
     print(f"Wrote {out}")
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from metacal import tree
 
 _CHECKPOINTING = (
     "`module` recomputes activations internally (torch.utils.checkpoint). The recomputation would run after the module's own "

@@ -51,29 +51,34 @@ def _alias(value: Tree, keep_graph: bool) -> Tree:
     return tree.map(lambda x: x.view_as(x) if keep_graph and x.requires_grad else x.detach().requires_grad_(), value)
 
 
-def value_and_grad(fn: Callable[..., tuple[Tensor, Any]], *primals: Tree, name: str = "objective") -> tuple[Tensor, Any, Any]:
+def value_and_grad(
+    fn: Callable[..., tuple[Tensor, Any]], *primals: Tree, constants: Tree = (), name: str = "objective"
+) -> tuple[Tensor, Any, Any]:
     """``(value, aux, gradients)`` of ``fn(*primals) -> (scalar, aux)`` with respect to every primal.
 
     A primal that the value does not depend on has a zero gradient; a value that depends on none of the first primal's
-    leaves is an error, for it is a mistake every time.
+    leaves is an error, for it is a mistake every time. ``constants`` are what ``fn`` reads besides: the gradients stay in their
+    graph.
     """
+    flat, treedef = tree.flatten(primals)
     if transforming():
-        def scalar(*xs: Tree) -> tuple[Tensor, tuple[Tensor, Any]]:
-            value, aux = fn(*xs)
+
+        def scalar(leaves: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Any]]:
+            value, aux = fn(*tree.unflatten(treedef, leaves))
             value = _checks.scalar(name, value)
             return value, (value, aux)
 
         with _differentiable_attention():
-            grads, (value, aux) = torch.func.grad(scalar, argnums=tuple(range(len(primals))), has_aux=True)(*primals)
-        return value, aux, grads
-    keep_graph = attached(primals)
+            grads, (value, aux) = torch.func.grad(scalar, has_aux=True)(flat)
+        return value, aux, tree.unflatten(treedef, grads)
+    keep_graph = attached(primals, constants)
     with torch.enable_grad(), _differentiable_attention():
         inputs = tuple(_alias(x, keep_graph) for x in primals)
         value, aux = fn(*inputs)
         value = _checks.scalar(name, value)
         if not value.requires_grad:
             raise ValueError(_independent(name))
-        flat, treedef = tree.flatten(inputs)
+        flat = tree.leaves(inputs)
         grads = torch.autograd.grad(value, flat, create_graph=keep_graph, allow_unused=True)
     if all(g is None for g in grads[: len(tree.leaves(inputs[0]))]) and tree.leaves(inputs[0]):
         raise ValueError(_independent(name))
@@ -91,8 +96,7 @@ def _independent(name: str) -> str:
 def vjp(fn: Callable[..., Tree], *primals: Tree) -> tuple[Tree, Callable[[Tree], Any]]:
     """``(fn(*primals), pullback)``: the pullback maps a cotangent of the output to those of the primals, once."""
     if transforming():
-        out, pull = torch.func.vjp(fn, *primals)[:2]
-        return out, pull
+        return func_vjp(fn, *primals)
     keep_graph = attached(primals)
     with torch.enable_grad():
         inputs = tuple(_alias(x, keep_graph) for x in primals)
@@ -110,6 +114,38 @@ def vjp(fn: Callable[..., Tree], *primals: Tree) -> tuple[Tree, Callable[[Tree],
         return tree.unflatten(treedef, [torch.zeros_like(x) if g is None else g for g, x in zip(found, flat, strict=True)])
 
     return released(out, keep_graph), pullback
+
+
+def func_vjp(fn: Callable[..., Tree], *primals: Tree) -> tuple[Tree, Callable[[Tree], Any]]:
+    """``torch.func.vjp`` of trees as :mod:`metacal.tree` knows them: the pullback may be called again and differentiated."""
+    flat, treedef = tree.flatten(primals)
+    if not flat:
+        return fn(*primals), lambda cotangent: primals
+    structure = None
+
+    def on_leaves(*leaves: Tensor) -> tuple[Tensor, ...]:
+        nonlocal structure
+        out, structure = tree.flatten(fn(*tree.unflatten(treedef, leaves)))
+        return tuple(out)
+
+    outs, pull = torch.func.vjp(on_leaves, *flat)[:2]
+    return tree.unflatten(structure, outs), lambda cotangent: tree.unflatten(treedef, pull(tuple(tree.leaves(cotangent))))
+
+
+def func_jvp(fn: Callable[..., Tree], primals: tuple[Tree, ...], tangents: tuple[Tree, ...]) -> Tree:
+    """The tangent of ``fn(*primals)`` by ``torch.func.jvp``, of trees as :mod:`metacal.tree` knows them."""
+    flat, treedef = tree.flatten(primals)
+    if not flat:
+        return tree.zeros_like(fn(*primals))
+    structure = None
+
+    def on_leaves(*leaves: Tensor) -> tuple[Tensor, ...]:
+        nonlocal structure
+        out, structure = tree.flatten(fn(*tree.unflatten(treedef, leaves)))
+        return tuple(out)
+
+    tangent = torch.func.jvp(on_leaves, tuple(flat), tuple(tree.leaves(tangents)))[1]
+    return tree.unflatten(structure, tangent)
 
 
 def _differentiable_attention() -> Any:
@@ -154,7 +190,7 @@ def gradient(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree) 
     """``(grad_w L, new carry)``. Work: one forward and one backward pass."""
     total = None
     for piece in loss.pieces(batch):
-        _, carry, (g,) = value_and_grad(lambda w, b=piece, c=carry: loss.fn(w, hparams, b, c), params)
+        _, carry, (g,) = value_and_grad(lambda w, b=piece, c=carry: loss.fn(w, hparams, b, c), params, constants=hparams)
         total = g if total is None else tree.add(total, g)
     return (total if loss.num_chunks == 1 else tree.scale(1 / loss.num_chunks, total)), tree.detach(carry)
 
@@ -165,32 +201,39 @@ def mixed_products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: 
     By symmetry of the full Hessian both are ``jvp((w, h) -> grad_{w,h} L, (d, 0))``. The zero tangent is not materialised:
     h is a constant of the forward pass. Work: three gradients.
     """
-    return _products(loss, params, hparams, batch, carry, direction, argnums=(0, 1))
+    products: tuple[Tree, Tree] = _products(loss, params, hparams, batch, carry, direction, lambda w: (w, hparams))
+    return products
 
 
 def hessian_product(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree) -> Tree:
     """``H_ww d`` alone: what a linear solver asks for again and again. Work: three gradients."""
-    return _products(loss, params, hparams, batch, carry, direction, argnums=(0,))[0]
+    return _products(loss, params, hparams, batch, carry, direction, lambda w: (w,))[0]
 
 
 def _products(
-    loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree, argnums: tuple[int, ...]
-) -> tuple[Tree, ...]:
+    loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree, variables: Callable[[Tree], tuple[Tree, ...]]
+) -> Any:
+    """The tangent of ``grad L`` with respect to ``variables(w)``, which start with w and may go on with h, along ``direction`` in w."""
     keep_graph = attached(params, hparams, direction)
+    w_flat, w_def = tree.flatten(params)
+    structure = tree.structure(variables(params))
     total: Any = None
     for piece in loss.pieces(batch):
         # The floating part of the carry is a primal of its own, with a zero tangent: BatchNorm writes the dual batch mean into it.
-        floating, combine = tree.partition(carry)
+        c_flat, combine = tree.partition(carry)
 
-        def field(w: Tree, c: list[Tensor], piece: Tree = piece, combine: Callable[[list[Tensor]], Tree] = combine) -> Tree:
-            def scalar(w: Tree, h: Tree, c: list[Tensor]) -> tuple[Tensor, Tree]:
-                return loss.fn(w, h, piece, combine(c))
+        def gradients(w: list[Tensor], c: list[Tensor], piece: Tree = piece, combine: Any = combine) -> tuple[list[Tensor], Tree]:
+            def scalar(leaves: list[Tensor], c: list[Tensor]) -> tuple[Tensor, Tree]:
+                w, *h = tree.unflatten(structure, leaves)
+                return loss.fn(w, h[0] if h else hparams, piece, combine(c))
 
-            return torch.func.grad(scalar, argnums=argnums, has_aux=True)(w, hparams, c)
+            gradient, moved = torch.func.grad(scalar, has_aux=True)(tree.leaves(variables(tree.unflatten(w_def, w))), c)
+            return gradient, tree.partition(moved)[0]
 
+        still = [torch.zeros_like(c) for c in c_flat]
         with torch.enable_grad(), _differentiable_attention():
-            still = [torch.zeros_like(c) for c in floating]
-            _, products, carry = torch.func.jvp(field, (params, floating), (direction, still), has_aux=True)  # type: ignore[misc]
-        products = released(products, keep_graph)
+            _, products, moved = torch.func.jvp(gradients, (w_flat, c_flat), (tree.leaves(direction), still), has_aux=True)  # type: ignore[misc]
+        carry = combine(moved)
+        products = released(tree.unflatten(structure, products), keep_graph)
         total = products if total is None else tree.add(total, products)
     return total if loss.num_chunks == 1 else tree.scale(1 / loss.num_chunks, total)

@@ -106,7 +106,7 @@ def central_differences(fn: Callable[[Tree], Tensor | float], at: Tree, step: fl
         e[i] = step
 
         def value(k: int, e: Tensor = e) -> float:
-            return float(fn(unravel(at, x + k * e)))
+            return float(torch.as_tensor(fn(unravel(at, x + k * e))).detach())
 
         rows.append((8 * (value(1) - value(-1)) - (value(2) - value(-2))) / (12 * step))
     return unravel(at, torch.tensor(rows, dtype=F64))

@@ -42,14 +42,14 @@ class Equation:
         """``v -> (F_w^T + damping I) v``."""
         if isinstance(self.operator, linear.Hessian):
             return self._damped(lambda v: self._hessian(theta, v))
-        pull = torch.func.vjp(lambda w: self.residual(theta._replace(params=w)), theta.params)[1]
+        pull = operators.func_vjp(lambda w: self.residual(theta._replace(params=w)), theta.params)[1]
         return self._damped(lambda v: pull(v)[0])
 
     def direct(self, theta: Theta) -> linear.Matvec:
         """``v -> (F_w + damping I) v``."""
         if isinstance(self.operator, linear.Hessian):
             return self.transposed(theta)  # symmetric
-        return self._damped(lambda v: torch.func.jvp(lambda w: self.residual(theta._replace(params=w)), (theta.params,), (v,))[1])
+        return self._damped(lambda v: operators.func_jvp(lambda w: self.residual(theta._replace(params=w)), (theta.params,), (v,)))
 
     def pull_hparams(self, theta: Theta, v: Tree) -> Tree:
         """``F_h^T v``."""
@@ -58,7 +58,7 @@ class Equation:
             _random.restore(self.noise)
             products = self.inner.descent.products
             return tree.mean([products(theta.params, theta.hparams, b, theta.carry, v)[1] for b in theta.batches])
-        return torch.func.vjp(lambda h: self.residual(theta._replace(hparams=h)), theta.hparams)[1](v)[0]
+        return operators.func_vjp(lambda h: self.residual(theta._replace(hparams=h)), theta.hparams)[1](v)[0]
 
     def _hessian(self, theta: Theta, v: Tree) -> Tree:
         assert self.inner.descent is not None
@@ -122,7 +122,7 @@ class _LinearSolve(Function):
         # u = A^-T ct; db = u, d theta = -(d(A v)/d theta)^T u
         u = solve_linear(call.solver, call.equation, theta, ct, transpose=not call.transpose).value
         floating, combine = tree.partition(theta)
-        d_theta = torch.func.vjp(lambda *xs: call.matvec(combine(xs))(v), *floating)[1](tree.scale(-1.0, u))
+        d_theta = operators.func_vjp(lambda *xs: call.matvec(combine(xs))(v), *floating)[1](tree.scale(-1.0, u))
         return None, *_in_place_of(theta, d_theta), *tree.leaves(u), *(None for _ in tree.leaves(x0))
 
     @staticmethod
@@ -133,7 +133,7 @@ class _LinearSolve(Function):
         d_theta, d_b, _d_x0 = call.combine(moved)
         floating, combine = tree.partition(theta)
         d_floating = tree.partition(d_theta)[0]
-        dA_v = torch.func.jvp(lambda *xs: call.matvec(combine(xs))(v), tuple(floating), tuple(d_floating))[1]
+        dA_v = operators.func_jvp(lambda *xs: call.matvec(combine(xs))(v), tuple(floating), tuple(d_floating))
         d_v = solve_linear(call.solver, call.equation, theta, tree.sub(d_b, dA_v), transpose=call.transpose).value
         return (*tree.leaves(d_v), None, None)
 
@@ -163,7 +163,7 @@ class _Root(Function):
         ct = tree.unflatten(tree.structure(found.params), list(cotangents))
         v = solve_linear(call.solver, call.equation, theta, ct).value
         floating, combine = tree.partition((theta.hparams, theta.batches))
-        rest = torch.func.vjp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), *floating)[1](tree.scale(-1.0, v))
+        rest = operators.func_vjp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), *floating)[1](tree.scale(-1.0, v))
         d_rest = _in_place_of((theta.hparams, theta.batches), rest)
         n = len(tree.leaves(theta.hparams))
         nothing = (None for _ in [*tree.leaves(theta.params), *tree.leaves(theta.carry)])
@@ -178,7 +178,7 @@ class _Root(Function):
         floating, combine = tree.partition((theta.hparams, theta.batches))
         d_rest = tree.partition((moved.hparams, moved.batches))[0]
         # F_w dw + F_h dh = 0
-        dF = torch.func.jvp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), tuple(floating), tuple(d_rest))[1]
+        dF = operators.func_jvp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), tuple(floating), tuple(d_rest))
         return tuple(tree.leaves(solve_linear(call.solver, call.equation, theta, tree.scale(-1.0, dF), transpose=False).value))
 
 

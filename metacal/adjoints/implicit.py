@@ -86,7 +86,7 @@ class Implicit(Adjoint):
         equation, theta = self._equation(solver, run(solver, state, hparams, batches), hparams, batches)
         solution = lambda h: root(self.solver, equation, theta._replace(hparams=h))  # noqa: E731
         with _random.preserved(theta.params):
-            return torch.func.jvp(solution, (hparams,), (d_hparams,))[1]
+            return operators.func_jvp(solution, (hparams,), (d_hparams,))
 
     def _equation(self, solver: InnerSolver, final: InnerState, hparams: Tree, batches: Sequence[Tree]) -> tuple[Equation, Theta]:
         _refuse_moving_fixed_points(solver, final.params, hparams)

@@ -81,7 +81,7 @@ class Unrolled(Adjoint):
             return advance(solver, start._replace(params=params), hparams, batches, first, len(batches)).params
 
         d_start = tree.zeros_like(d_params) if first else d_params
-        return torch.func.jvp(final, (start.params, hparams), (d_start, d_hparams))[1]
+        return operators.func_jvp(final, (start.params, hparams), (d_start, d_hparams))
 
     def _first(self, batches: Sequence[Tree]) -> int:
         return 0 if self.window is None else max(0, len(batches) - self.window)

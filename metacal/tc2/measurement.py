@@ -44,7 +44,7 @@ def measure(problem: Problem, state: MethodState, views: Tensor, *, lr: float = 
     V = views.new_zeros(())
     scalars: dict[str, Tensor] = {}
     if not isinstance(problem.calibrator, Identity):
-        Z = problem.represent(state.theta, views).flatten(0, -2)
+        Z = torch.cat([problem.represent_tasks(state.theta, side.x).flatten(0, -2) for side in batch])
         V = problem.calibrator.factors(state.phi, Z).detach()
         scalars |= monitors(Z, V, problem.calibrator.weights(state.phi, Z, V))
     K = problem.num_tasks

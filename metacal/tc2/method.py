@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import operators, tree
+from metacal import operators, tasks, tree
 from metacal._typing import Tree
 from metacal.objectives import ema
 from metacal.optim import GradientTransformation, apply_updates
@@ -83,10 +83,9 @@ def project_conflicts(problem: Problem, optimizer: GradientTransformation) -> Me
     plain = _uncalibrated(problem)
 
     def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
-        support, query = problem.batch(views, state.target)
         losses, gradients = [], []
-        for k in range(problem.num_tasks):
-            task = tree.map(lambda s, q, k=k: torch.cat([s[k], q[k]], dim=1 if problem.split_by == "views" else 0), support, query)
+        for x in tasks.split(views, problem.num_tasks):
+            task = problem.together(x, state.target)
             loss, _, (gradient,) = operators.value_and_grad(lambda theta, task=task: (plain(theta, task), None), state.theta)
             losses.append(loss)
             gradients.append(gradient)

@@ -64,6 +64,10 @@ class Problem:
         h = self.network.encode(theta, x)
         return self.network.project(theta, h) if self.where == "projector" else h
 
+    def represent_tasks(self, theta: Tree, x: Tensor) -> Tensor:
+        """The same for tasks [K, n, m, C, H, W], one by one: BatchNorm in a head sees one task, as it does in the task's loss."""
+        return torch.stack([self.represent(theta, task) for task in x])
+
     def loss(self, theta: Tree, phi: Tree, V: Tensor, views: Views) -> Tensor:
         """The calibrated SSL loss l_k of one task."""
         return self.loss_of(theta, phi, V, self.represent(theta, views.x), views.target)
@@ -84,11 +88,13 @@ class Problem:
 
     def batch(self, views: Tensor, target: Tree) -> Batch:
         """Splits augmented images [N, m, C, H, W] into tasks at random, support and query."""
-        together = self.together(views, target)
-        return Batch(*tasks.support_query(tasks.split(together, self.num_tasks), self.split_by))
+        support, query = tasks.support_query(tasks.split(views, self.num_tasks), self.split_by)
+        if not tree.leaves(target):
+            return Batch(Views(support), Views(query))
+        return Batch(*(Views(x, self.represent_tasks(target, x).detach()) for x in (support, query)))
 
     def together(self, views: Tensor, target: Tree) -> Views:
-        """The whole batch as one task, with the target network's outputs."""
+        """Images [N, m, C, H, W] as one task, with the target network's outputs."""
         return Views(views, self.represent(target, views).detach() if tree.leaves(target) else ())
 
 

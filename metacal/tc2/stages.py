@@ -228,6 +228,6 @@ def _finite_stats(stats: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _represented(problem: Problem, theta: Tree, support: Views, query: Views) -> _Calibration:
-    r_s, r_q = problem.represent(theta, support.x), problem.represent(theta, query.x)
+    r_s, r_q = problem.represent_tasks(theta, support.x), problem.represent_tasks(theta, query.x)
     Z = torch.cat([r_s.flatten(0, -2), r_q.flatten(0, -2)])
     return _Calibration(support._replace(x=r_s), query._replace(x=r_q), Z)

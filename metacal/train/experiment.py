@@ -40,7 +40,7 @@ from metacal.train import checkpoint
 from metacal.train._files import replacing
 from metacal.train.config import Config, EvaluateConfig
 from metacal.train.environment import resolve_device, seed_everything, write_environment
-from metacal.train.loop import CHECKPOINTS, fit
+from metacal.train.loop import CHECKPOINTS, fit, refuse_existing
 from metacal.train.settings import to_yaml
 
 RESULTS = "results.json"
@@ -238,15 +238,17 @@ def write_results(folder: str | Path, results: dict[str, Any]) -> None:
 
 
 def _write_settings(folder: Path, config: Config, resume: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     path, text = folder / "config.yaml", to_yaml(config)
-    if resume and path.exists() and path.read_text(encoding="utf-8") != text:
+    if not resume:
+        refuse_existing(folder)
+    elif path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(
             f"{path} holds other settings than the ones given: resuming would give a run that neither describes. Resume with "
             f"`metacal pretrain {path} --out {folder} --resume`, or name another folder."
         )
-    if resume or not path.exists():
-        path.write_text(text, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _sampler(config: Config, images: Images) -> Callable[..., Tensor]:

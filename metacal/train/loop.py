@@ -19,7 +19,7 @@ from metacal import tree
 from metacal._typing import Tree
 from metacal.train import checkpoint
 from metacal.train.environment import set_random_state
-from metacal.train.logs import FILE, Logs
+from metacal.train.logs import Logs, read_metrics
 
 Metrics: TypeAlias = Mapping[str, "float | Tensor"]
 StepFn: TypeAlias = Callable[[Tree, int], "tuple[Tree, Metrics]"]
@@ -117,9 +117,16 @@ def fit(
 
 
 def _started(state: Tree, folder: Path) -> tuple[Tree, int]:
-    if (folder / FILE).exists() or any((folder / CHECKPOINTS).glob("*.pt")):
-        raise FileExistsError(f"`folder` {folder} already holds a run. Pass resume=True to go on with it, or name another folder.")
+    refuse_existing(folder)
     return state, 0
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises FileExistsError where a run has left metrics or checkpoints; one that failed in its first step has not."""
+    if read_metrics(folder) or any((folder / CHECKPOINTS).glob("*.pt")):
+        raise FileExistsError(
+            f"`folder` {folder} already holds a run. Go on with it by resume=True (on the command line --resume), or name another folder."
+        )
 
 
 def _restored(state: Tree, num_steps: int, folder: Path) -> tuple[Tree, int]:

@@ -18,7 +18,10 @@ from metacal.train.config import Config, DataConfig, EvaluateConfig, NetworkConf
 
 
 class Parser(ArgumentParser):
-    """Says which setting was probably meant."""
+    """Takes settings by their whole names only, and says which one was probably meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message with the nearest known setting, and exits with status 2."""
@@ -26,12 +29,19 @@ class Parser(ArgumentParser):
         if unknown:
             group = re.search(r"Group ['\"]([\w.]+)['\"]", message)
             asked = f"{group[1]}.{unknown[1]}" if group else unknown[1]
-            known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
-            close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(asked, self._known(message), n=1, cutoff=0.5)
             if close:
                 message += f"\nThere is no setting '{asked}'; did you mean '{close[0]}'?"
         self._print_message(f"{self.prog}: error: {message}\nFor all settings: {self.prog} --help\n", sys.stderr)
         raise SystemExit(2)
+
+    def _known(self, message: str) -> list[str]:
+        """The settings of this parser, or of the subcommand that a message is about."""
+        command = re.search(r"Subcommand ['\"](\w+)['\"]", message)
+        if command:
+            (commands,) = (action.choices for action in self._actions if isinstance(action.choices, dict))
+            return commands[command[1]]._known("")
+        return [option.lstrip("-") for action in self._actions for option in action.option_strings]
 
 
 def configurations() -> list[str]:
