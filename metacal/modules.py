@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
-
 
 _CHECKPOINTING = (
     "`module` recomputes activations internally (torch.utils.checkpoint). The recomputation would run after the module's own "
@@ -103,8 +102,10 @@ def _no_checkpointing() -> Iterator[None]:
         return
     own = checkpoint.CheckpointFunction
     checkpoint.CheckpointFunction = _Refused  # type: ignore[assignment,misc]
+    # Hooks of the caller's own around the call (save_on_cpu) are welcome; torch cannot forbid further ones inside them.
+    callers = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTING):
+        with nullcontext() if callers else torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTING):
             yield
     finally:
         checkpoint.CheckpointFunction = own  # type: ignore[misc]

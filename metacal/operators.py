@@ -213,27 +213,64 @@ def hessian_product(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry:
 def _products(
     loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree, variables: Callable[[Tree], tuple[Tree, ...]]
 ) -> Any:
-    """The tangent of ``grad L`` with respect to ``variables(w)``, which start with w and may go on with h, along ``direction`` in w."""
+    """``H d``, the rows of ``variables(w)`` (which start with w and may go on with h), the columns of w."""
     keep_graph = attached(params, hparams, direction)
-    w_flat, w_def = tree.flatten(params)
-    structure = tree.structure(variables(params))
     total: Any = None
     for piece in loss.pieces(batch):
-        # The floating part of the carry is a primal of its own, with a zero tangent: BatchNorm writes the dual batch mean into it.
-        c_flat, combine = tree.partition(carry)
-
-        def gradients(w: list[Tensor], c: list[Tensor], piece: Tree = piece, combine: Any = combine) -> tuple[list[Tensor], Tree]:
-            def scalar(leaves: list[Tensor], c: list[Tensor]) -> tuple[Tensor, Tree]:
-                w, *h = tree.unflatten(structure, leaves)
-                return loss.fn(w, h[0] if h else hparams, piece, combine(c))
-
-            gradient, moved = torch.func.grad(scalar, has_aux=True)(tree.leaves(variables(tree.unflatten(w_def, w))), c)
-            return gradient, tree.partition(moved)[0]
-
-        still = [torch.zeros_like(c) for c in c_flat]
         with torch.enable_grad(), _differentiable_attention():
-            _, products, moved = torch.func.jvp(gradients, (w_flat, c_flat), (tree.leaves(direction), still), has_aux=True)  # type: ignore[misc]
-        carry = combine(moved)
-        products = released(tree.unflatten(structure, products), keep_graph)
+            try:
+                products, carry = _forward_over_reverse(loss, params, hparams, piece, carry, direction, variables)
+            except (RuntimeError, NotImplementedError) as error:
+                if not any(sign in str(error) for sign in ("forward AD", "forward mode AD", "setup_context")):
+                    raise
+                warnings.warn(_NO_FORWARD_AD.format(error=str(error).split(". ")[0]), NoForwardModeWarning, stacklevel=2)
+                products, carry = _reverse_over_reverse(loss, params, hparams, piece, carry, direction, variables)
+        products = released(products, keep_graph)
         total = products if total is None else tree.add(total, products)
     return total if loss.num_chunks == 1 else tree.scale(1 / loss.num_chunks, total)
+
+
+class NoForwardModeWarning(UserWarning):
+    """Second-order products take the reverse-over-reverse way, because an operation has no forward-mode derivative."""
+
+
+_NO_FORWARD_AD = (
+    "Second-order products are computed by a double backward pass, with more memory: an operation of the objective has no forward-mode "
+    "derivative ({error}). For an unrolled run Unrolled(mode='reverse') does the same without trying."
+)
+
+
+def _forward_over_reverse(
+    loss: Loss, params: Tree, hparams: Tree, piece: Tree, carry: Tree, direction: Tree, variables: Callable[[Tree], tuple[Tree, ...]]
+) -> tuple[Tree, Tree]:
+    w_flat, w_def = tree.flatten(params)
+    structure = tree.structure(variables(params))
+    # The floating part of the carry is a primal of its own, with a zero tangent: BatchNorm writes the dual batch mean into it.
+    c_flat, combine = tree.partition(carry)
+
+    def gradients(w: list[Tensor], c: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        def scalar(leaves: list[Tensor], c: list[Tensor]) -> tuple[Tensor, Tree]:
+            w, *h = tree.unflatten(structure, leaves)
+            return loss.fn(w, h[0] if h else hparams, piece, combine(c))
+
+        gradient, moved = torch.func.grad(scalar, has_aux=True)(tree.leaves(variables(tree.unflatten(w_def, w))), c)
+        return gradient, tree.partition(moved)[0]
+
+    still = [torch.zeros_like(c) for c in c_flat]
+    _, products, moved = torch.func.jvp(gradients, (w_flat, c_flat), (tree.leaves(direction), still), has_aux=True)  # type: ignore[misc]
+    return tree.unflatten(structure, products), combine(moved)
+
+
+def _reverse_over_reverse(
+    loss: Loss, params: Tree, hparams: Tree, piece: Tree, carry: Tree, direction: Tree, variables: Callable[[Tree], tuple[Tree, ...]]
+) -> tuple[Tree, Tree]:
+    # By symmetry of the full Hessian: the pullback of (w, h) -> grad_w L at d.
+    moved = carry
+
+    def gradient(w: Tree, *h: Tree) -> Tree:
+        nonlocal moved
+        _, moved, (g,) = value_and_grad(lambda w: loss.fn(w, h[0] if h else hparams, piece, carry), w, constants=h)
+        return g
+
+    _, pull = vjp(gradient, *variables(params))
+    return tuple(pull(direction)), tree.detach(moved)

@@ -123,7 +123,8 @@ def test_shell_lines_name_packaged_configurations_and_known_settings(tmp_path: P
             else:
                 assert config in configurations(), f"{page}: {line}"
                 given[1:2] = []
-        _parser().parse_args(given)  # SystemExit on what it does not know
+        parser = _parser()
+        parser.instantiate(parser.parse_args(given))  # SystemExit on what it does not know
         checked += 1
     assert checked >= 5
 

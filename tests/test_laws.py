@@ -308,7 +308,7 @@ def test_law_1_fixed_points_use_the_transposed_jacobian(solver: Any, num_steps: 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_law_2_modes_segments_and_windows_agree_with_the_written_out_loop(problem: str, optimizer: str) -> None:
-    p, row, num_steps = PROBLEMS[problem], OPTIMIZERS[optimizer], 5
+    p, row, num_steps = PROBLEMS[problem], OPTIMIZERS[optimizer], 4
     truth = unrolled_gradient(p, row, num_steps)
     value = unrolled_value(p, row, num_steps)
     # Two directions, each a probe of every coordinate at once.
@@ -323,8 +323,8 @@ def test_law_2_modes_segments_and_windows_agree_with_the_written_out_loop(proble
 
     solver = metacal.descent(p.inner, row.build())
     choices = [("mixed", None), ("mixed", 1), ("reverse", None), ("graph", None)]
-    if problem in ("mlp_reweighting", "zero_dim"):
-        choices += [("mixed", 2), ("mixed", 5), ("mixed", 9), ("reverse", 1), ("reverse", 3)]
+    if problem == "zero_dim":
+        choices += [("mixed", 3), ("mixed", 4), ("mixed", 9), ("reverse", 1), ("reverse", 3)]
     for mode, segment in choices:
         hg = estimate(p, solver, adjoints.Unrolled(mode=mode, segment=segment), num_steps)
         close(hg.value, truth.value, 1e-12)
@@ -558,27 +558,31 @@ def truth_of_second_order(p: Problem, num_steps: int, row: Any = SGD) -> tuple[T
     return value.detach(), gradient.detach(), torch.stack([torch.autograd.grad(g, h, retain_graph=True)[0] for g in gradient])
 
 
+def direction(n: int) -> Tensor:
+    return torch.cos(1.0 + torch.arange(n, dtype=F64))
+
+
 def second_order_ways(
     value: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor], at: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
-    """The Hessian, in every way that torch offers: from the estimated gradient, and from the value twice."""
-    eye = torch.eye(len(at), dtype=F64)
+    """Hessian times ``direction``, in every way that torch offers: from the estimated gradient, and from the value twice."""
+    e = direction(len(at))
+
+    def autograd_of_gradient() -> Tensor:
+        x = at.clone().requires_grad_()
+        return torch.autograd.grad(gradient(x) @ e, x)[0]
 
     def twice() -> Tensor:
         x = at.clone().requires_grad_()
         (first,) = torch.autograd.grad(value(x), x, create_graph=True)
-        return torch.stack([torch.autograd.grad(g, x, retain_graph=True)[0] for g in first])
-
-    def autograd_of_gradient() -> Tensor:
-        x = at.clone().requires_grad_()
-        return torch.stack([torch.autograd.grad(g, x, retain_graph=True)[0] for g in gradient(x)])
+        return torch.autograd.grad(first @ e, x)[0]
 
     return {
-        "jacrev of the gradient": lambda: torch.func.jacrev(gradient)(at),
-        "jacfwd of the gradient": lambda: torch.func.jacfwd(gradient)(at),
+        "jacrev of the gradient": lambda: torch.func.jacrev(gradient)(at) @ e,
+        "jacfwd of the gradient": lambda: torch.func.jacfwd(gradient)(at) @ e,
         "autograd of the gradient": autograd_of_gradient,
-        "jvp(grad) of the value": lambda: torch.stack([torch.func.jvp(torch.func.grad(value), (at,), (e,))[1] for e in eye], 1),
-        "grad(grad) of the value": lambda: torch.stack([torch.func.grad(lambda x, e=e: torch.func.grad(value)(x) @ e)(at) for e in eye]),
+        "jvp(grad) of the value": lambda: torch.func.jvp(torch.func.grad(value), (at,), (e,))[1],
+        "grad(grad) of the value": lambda: torch.func.grad(lambda x: torch.func.grad(value)(x) @ e)(at),
         "autograd twice": twice,
     }
 
@@ -630,7 +634,7 @@ def test_law_6_derivatives_of_an_unrolled_estimate(problem: str, optimizer: str,
     close(torch.func.grad(value)(at), truth_gradient, 1e-10)
     close(torch.func.jacfwd(value)(at), truth_gradient, 1e-10)
     ways = second_order_ways(value, lambda h: ravel(call(h).hparams), at)
-    right_or_refused(ways, truth_hessian, TRANSFORMED | {"jvp(grad) of the value", "grad(grad) of the value"}, 1e-9)
+    right_or_refused(ways, truth_hessian @ direction(len(at)), TRANSFORMED | {"jvp(grad) of the value", "grad(grad) of the value"}, 1e-9)
 
 
 def test_law_6_derivatives_of_an_estimate_by_the_initial_params() -> None:
@@ -693,7 +697,7 @@ def test_law_6_derivatives_of_an_implicit_estimate(inner: str, problem: str, lin
         1e-7,
     )
     ways = second_order_ways(lambda h: call(h).value, lambda h: ravel(call(h).hparams), at)
-    right_or_refused(ways, truth, TRANSFORMED if inner == "descent" else set(), 1e-6)
+    right_or_refused(ways, truth @ direction(len(at)), TRANSFORMED if inner == "descent" else set(), 1e-6)
 
 
 @pytest.mark.parametrize(("problem", "linear_solver"), IMPLICIT, ids=str)
@@ -709,7 +713,7 @@ def test_law_6_derivatives_of_solve_by_an_implicit_adjoint(problem: str, linear_
     close(torch.func.grad(value)(at), ravel(p.hypergradient), 1e-9)
     ways = second_order_ways(value, torch.func.grad(value), at)
     ways.pop("autograd of the gradient")
-    right_or_refused(ways, implicit_second_order(p), must, 1e-6)
+    right_or_refused(ways, implicit_second_order(p) @ direction(len(at)), must, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -732,7 +736,7 @@ def test_law_6_derivatives_of_solve_by_unrolling(problem: str, optimizer: str, m
     right_or_refused({"forward": lambda: torch.func.jacfwd(value)(at)}, gradient, set(), 1e-9)
     ways = second_order_ways(value, torch.func.grad(value), at)
     ways.pop("autograd of the gradient")
-    right_or_refused(ways, hessian, {"jvp(grad) of the value", "grad(grad) of the value", "autograd twice"}, 1e-9)
+    right_or_refused(ways, hessian @ direction(len(at)), {"jvp(grad) of the value", "grad(grad) of the value", "autograd twice"}, 1e-9)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -771,9 +775,9 @@ def test_law_6_three_levels() -> None:
 
     def written_out(z: Tensor) -> Tensor:
         y = y0.clone().requires_grad_()
-        for _ in range(3):
+        for _ in range(2):
             x = x0.clone().requires_grad_()
-            for _ in range(4):
+            for _ in range(3):
                 x = x - 0.2 * torch.autograd.grad(lowest(x, (y, z), ()), x, create_graph=True)[0]
             y = y - 0.3 * torch.autograd.grad(middle_of(x, y, z), y, create_graph=True)[0]
         return highest(y, z, ())
@@ -781,18 +785,20 @@ def test_law_6_three_levels() -> None:
     leaf = z.clone().requires_grad_()
     (truth,) = torch.autograd.grad(written_out(leaf), leaf)
 
-    for low, mid in itertools.product(UNDER_TRANSFORMS, MODES):
+    for low, mid in (("mixed", "mixed"), ("reverse", "mixed"), ("mixed", "reverse"), ("reverse", "graph")):
         inmost = metacal.descent(lowest, optim.sgd(0.2))
 
         def middle(y: Tensor, z: Tensor, b: Tree, low: str = low, inmost: Any = inmost) -> Tensor:
-            return middle_of(metacal.solve(inmost, x0, (y, z), metacal.repeat((), 4), adjoints.Unrolled(mode=low)), y, z)
+            return middle_of(metacal.solve(inmost, x0, (y, z), metacal.repeat((), 3), adjoints.Unrolled(mode=low)), y, z)
 
         solver = metacal.descent(middle, optim.sgd(0.3))
-        hg = metacal.hypergradient(highest, solver, adjoints.Unrolled(mode=mid))(solver.init(y0, z), z, metacal.repeat((), 3), ())
+        hg = metacal.hypergradient(highest, solver, adjoints.Unrolled(mode=mid))(solver.init(y0, z), z, metacal.repeat((), 2), ())
         close(hg.hparams, truth, 1e-10)
 
+    quick = metacal.descent(lowest, optim.sgd(0.6))
+
     def implicit_middle(y: Tensor, z: Tensor, b: Tree) -> Tensor:
-        x = metacal.solve(inmost, x0, (y, z), metacal.repeat((), 200), adjoints.Implicit(linear.Dense()))
+        x = metacal.solve(quick, x0, (y, z), metacal.repeat((), 60), adjoints.Implicit(linear.Dense()))
         return middle_of(x, y, z)
 
     def exact_middle(y: Tensor, z: Tensor) -> Tensor:
@@ -804,7 +810,7 @@ def test_law_6_three_levels() -> None:
     for _ in range(2):
         y = y - 0.3 * torch.autograd.grad(exact_middle(y, leaf), y, create_graph=True)[0]
     (truth,) = torch.autograd.grad(highest(y, leaf, ()), leaf)
-    for mode in MODES:
+    for mode in ("mixed", "graph"):
         solver = metacal.descent(implicit_middle, optim.sgd(0.3))
         hg = metacal.hypergradient(highest, solver, adjoints.Unrolled(mode=mode))(solver.init(y0, z), z, metacal.repeat((), 2), ())
         close(hg.hparams, truth, 1e-8)

@@ -26,12 +26,12 @@ OBJECTIVES = {
     "simsiam": objectives.SimSiam(),
     "byol": objectives.BYOL(),
     "barlow_twins": objectives.BarlowTwins(),
-    "vicreg": objectives.VICReg(),
+    "vicreg": objectives.VICReg(2.5, 2.5, 0.1),
 }
 SMOOTH = ("simclr", "vicreg")  # without a stop-gradient: central differences of the whole run are the truth
 K, N = 2, 8
 SIZE, DIM, D, N_F = 4, 6, 5, 4
-A1, A2 = 0.3, 0.2  # large, so that what is of second order counts
+A1, A2 = 0.1, 0.1  # large, so that what is of second order counts
 
 LAMBDA_S, LAMBDA_1 = 0.3, 0.2
 CALIBRATION = tc2.stable(LAMBDA_S, LAMBDA_1)
@@ -369,18 +369,19 @@ class _Scaling(tc2.Calibrator):
 def test_implicit_lookahead_tends_to_the_unrolled_one_where_the_encoder_converges() -> None:
     p = linear_problem()
     x = torch.randn(16, 4, 1, 2, 2)
+    x[:, :2] = 32**0.5 * torch.linalg.qr(torch.randn(32, 4)).Q.reshape(16, 2, 1, 2, 2)  # the support's curvatures: 2/3 scale^2
 
     def hypergradient(adjoint: Any) -> Any:
-        method = tc2.lookahead(p, SGD, SGD, calibration=CALIBRATION.without("sparsity"), encoder_stage=Stage(0.3, 400, adjoint))
+        method = tc2.lookahead(p, SGD, SGD, calibration=CALIBRATION.without("sparsity"), encoder_stage=Stage(1.3, 50, adjoint))
         state = method.init()
         return tree.sub(state.phi, take(method, state, x)[0].phi)
 
     truth = hypergradient(Unrolled())
     close(hypergradient(Implicit(linear.CG(30))), truth, 1e-8)
-    # The Neumann series contracts by 1 - a * (smallest curvature) with each term, as the steps themselves do.
-    errors = [ravel(tree.sub(hypergradient(Implicit(linear.Neumann(n, 0.3))), truth)).norm().item() for n in (5, 40, 320)]
-    assert errors[0] > 10 * errors[1] > 100 * errors[2]
-    assert errors[2] < 1e-6 * ravel(truth).norm()
+    # The Neumann series contracts by |1 - a * curvature| with each term, as the steps themselves do: here by 0.58 at least.
+    errors = [ravel(tree.sub(hypergradient(Implicit(linear.Neumann(n, 1.3))), truth)).norm().item() for n in (4, 8, 16)]
+    assert errors[1] < 0.58**4 * errors[0]
+    assert errors[2] < 0.58**8 * errors[1]
     with pytest.raises(AssertionError, match="relative error"):
         close(hypergradient(FirstOrder()), truth, 1e-2)
 
@@ -388,9 +389,11 @@ def test_implicit_lookahead_tends_to_the_unrolled_one_where_the_encoder_converge
 def test_implicit_paper_is_imaml_where_the_tasks_converge() -> None:
     """(I + H_k / strength)^-1 of every task's outer gradient, with the dense Hessian of the task."""
     p, strength = linear_problem(), 0.5
-    stage = Stage(0.3, 300, Implicit(linear.CG(40)), strength=strength)
+    stage = Stage(0.5, 100, Implicit(linear.CG(40)), strength=strength)
     still = Stage(0.0, 1, Unrolled())
-    method = tc2.paper(p, SGD, SGD, calibration=CALIBRATION.without("sparsity"), calibrator_stage=still, encoder_stage=stage)
+    method = tc2.paper(
+        p, SGD, optim.sgd(0.01), calibration=CALIBRATION.without("sparsity"), calibrator_stage=still, encoder_stage=stage
+    )
     state, x = method.init(), torch.randn(16, 4, 1, 2, 2)
     after, _ = take(method, state, x)
     support, query = split(x)
@@ -416,10 +419,10 @@ PAPER_ADJOINTS: dict[str, tuple[Any, float | None]] = {
     "mixed": (Unrolled(), None),
     "reverse, segment": (Unrolled(mode="reverse", segment=1), None),
     "first order": (FirstOrder(), None),
-    "implicit CG": (Implicit(linear.CG(3)), 1.0),
-    "implicit Neumann": (Implicit(linear.Neumann(3, 0.1)), 1.0),
-    "implicit identity": (Implicit(linear.Identity()), 1.0),
-    "unrolled, tied": (Unrolled(), 1.0),
+    "implicit CG": (Implicit(linear.CG(3)), 50.0),  # more than the losses' negative curvature
+    "implicit Neumann": (Implicit(linear.Neumann(3, 0.01)), 50.0),
+    "implicit identity": (Implicit(linear.Identity()), 50.0),
+    "unrolled, tied": (Unrolled(), 50.0),
 }
 LOOKAHEAD_ADJOINTS = {
     **{name: adjoint for name, (adjoint, strength) in PAPER_ADJOINTS.items() if strength is None or name.startswith("implicit")},
@@ -442,7 +445,8 @@ def assert_a_sound_step(method: Method) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_paper_runs_with_every_adjoint_that_makes_sense(name: str, adjoint: str) -> None:
     how, strength = PAPER_ADJOINTS[adjoint]
-    assert_a_sound_step(tc2.paper(problem(name), SGD, SGD, **stages(steps=2, adjoint=how, strength=strength)))
+    stage = Stage(A2 if strength is None else 0.01, 2, how, strength)
+    assert_a_sound_step(tc2.paper(problem(name), SGD, SGD, calibrator_stage=stage, encoder_stage=stage))
 
 
 @pytest.mark.parametrize("adjoint", LOOKAHEAD_ADJOINTS)
@@ -604,6 +608,8 @@ def test_the_transfer_matrix_is_a_double_loop_and_its_cosines_are_the_support_gr
 def test_transfer_is_the_inner_product_of_gradients_to_first_order() -> None:
     """T(i -> j) = a <g_i, g_j> + O(a^2): the remainder falls by 4 when a halves."""
     p = problem("simclr")
+    smooth = p.network._replace(project=lambda theta, h: torch.tanh(h @ theta["projector"]["layers.0.weight"].T), d=7)  # no ReLU
+    p = replace(p, network=smooth)
     state, x = trained(tc2.paper(p, SGD, SGD).init()), images()
     torch.manual_seed(1)
     support, query = split(x)
@@ -615,7 +621,7 @@ def test_transfer_is_the_inner_product_of_gradients_to_first_order() -> None:
         torch.manual_seed(1)
         return (tc2.measure(p, state, x, lr=a).transfer - a * g_s @ g_q.T).norm().item()
 
-    errors = [remainder(a) for a in (2e-3, 1e-3, 5e-4)]
+    errors = [remainder(a) for a in (4e-4, 2e-4, 1e-4)]
     assert errors[0] > 1e-9  # there is something of second order
     assert [errors[i] / errors[i + 1] for i in range(2)] == pytest.approx([4, 4], rel=0.05)
 
@@ -675,30 +681,27 @@ def test_the_matched_base_takes_as_many_steps_as_make_the_same_passes() -> None:
     assert total_steps(small("matched", num_views=4, pairing="cross")) == round(10 * (4 + 2 + 6) / 4)
 
 
-def test_bfloat16_is_close_to_float32() -> None:
+@pytest.mark.parametrize(
+    ("reading", "run_tasks", "objective"),
+    [
+        ("paper", "loop", objectives.SimCLR()),
+        ("paper", "vmap", objectives.BYOL()),
+        ("lookahead", "loop", objectives.SimCLR()),
+        ("base", "loop", objectives.VICReg()),
+    ],
+)
+def test_bfloat16_is_close_to_float32(reading: Any, run_tasks: Any, objective: SSLObjective) -> None:
     torch.set_default_dtype(torch.float32)
-    for reading, more in (("paper", {}), ("paper", {"run_tasks": "vmap", **MIXED}), ("lookahead", {}), ("base", {})):
-        for objective in (objectives.SimCLR(), objectives.BYOL()):
-            config = replace(small(reading, **more), objective=objective)
-            losses = []
-            for bf16 in (False, True):
-                torch.manual_seed(0)
-                seen: list[torch.dtype] = []
-
-                def spy(network: tc2.Network, seen: list[torch.dtype] = seen) -> tc2.Network:
-                    def project(theta: Any, h: Tensor) -> Tensor:
-                        seen.append(h.dtype)
-                        return network.project(theta, h)
-
-                    return network._replace(project=project)
-
-                _, method = build(replace(config, train=replace(config.train, bf16=bf16)), 1, spy)
-                state, metrics = take(method, method.init(), torch.rand(32, 4, 1, 8, 8))
-                assert all(leaf.isfinite().all() and leaf.dtype in (torch.float32, torch.int64) for leaf in tree.leaves(state))
-                assert set(seen) == {torch.float32}
-                losses.append(metrics["loss"].item())
-            assert losses[1] == pytest.approx(losses[0], rel=0.03)
-            assert losses[1] != losses[0]  # the networks did run in lower precision
+    config = small(run_tasks=run_tasks, reading=reading, **MIXED)
+    losses = []
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        _, method = build(replace(config, objective=objective, train=replace(config.train, bf16=bf16)), 1)
+        state, metrics = take(method, method.init(), torch.rand(32, 4, 1, 8, 8))
+        assert all(leaf.isfinite().all() and leaf.dtype in (torch.float32, torch.int64) for leaf in tree.leaves(state))
+        losses.append(metrics["loss"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] != losses[0]  # the encoder did run in lower precision
 
 
 # 7. What users get told

@@ -90,7 +90,9 @@ class Unrolled(Adjoint):
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
     ) -> tuple[InnerState, Pullback]:
         last, device = len(batches), _device(state)
-        segment = self.segment or max(1, math.ceil(math.sqrt(last - first)))
+        steps = max(1, last - first)
+        # Keeping every state is one segment of all the steps: nothing is run again.
+        segment = steps if self.segment == 1 else self.segment or math.ceil(math.sqrt(steps))
         begins = range(first, last, segment)
         starts: list[_Saved] = []  # one state per segment, kept
         tape: list[_Saved] = []  # one entry per step of the segment at hand, consumed by the backward sweep

@@ -103,10 +103,11 @@ class TrainConfig:
         batch_size: images per iteration, N.
         lr: outer learning rate of the network (Adam).
         momentum: of the EMA target network (BYOL).
-        bf16: run the networks in bfloat16 under autocast; losses, products and updates stay in float32.
+        bf16: run the encoder in bfloat16; its parameters, heads, losses and updates stay in float32.
         checkpoint_every: iterations between checkpoints.
         log_every: iterations between readings of the metrics.
         measure_every: iterations between measurements of conflict and transfer; 0 measures at the end only.
+        threads: of torch on a CPU; null leaves torch's choice. Small images run no faster on more than one.
     """
 
     steps: int = 300
@@ -117,6 +118,7 @@ class TrainConfig:
     checkpoint_every: int = 50
     log_every: int = 10
     measure_every: int = 50
+    threads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,8 @@ def pretrain(config: Config, folder: str | Path, *, resume: bool = False, progre
     """
     folder = Path(folder)
     device = resolve_device(config.device)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
     seed_everything(config.seed)
     images = training_images(config)
     problem, method = build(config, images.images.shape[1])
@@ -262,16 +264,15 @@ def _sampler(config: Config, images: Images) -> Callable[..., Tensor]:
 
 
 def _in_bfloat16(net: Network) -> Network:
-    def cast(fn: Callable[[Tree, Tensor], Tensor]) -> Callable[[Tree, Tensor], Tensor]:
-        def run(theta: Tree, x: Tensor) -> Tensor:
-            # cache_enabled=False: a cached cast of a weight would hide it from torch.func.
-            with torch.autocast(x.device.type, dtype=torch.bfloat16, cache_enabled=False):
-                return fn(theta, x).float()
+    """The encoder in bfloat16, the heads as they are: they cost little, and normalise.
 
-        return run
+    By casts and not torch.autocast, under which GroupNorm has no forward-mode derivative, nor BatchNorm any under vmap.
+    """
 
-    predict = None if net.predict is None else cast(net.predict)
-    return net._replace(encode=cast(net.encode), project=cast(net.project), predict=predict)
+    def encode(theta: Tree, x: Tensor) -> Tensor:
+        return net.encode(tree.to({"encoder": theta["encoder"]}, torch.bfloat16), x.bfloat16()).to(x.dtype)
+
+    return net._replace(encode=encode)
 
 
 def _on(device: torch.device, state: MethodState) -> MethodState:
