@@ -112,8 +112,8 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
         objective: a scalar loss. With ``carry`` it is ``(params, hparams, batch, carry) -> (loss, carry)``.
         optimizer: a GradientTransformation, or ``hparams -> GradientTransformation`` to learn its settings.
         carry: the first value of what changes along the way and is never differentiated.
-        compile: compile the gradient and the second-order products with ``torch.compile``. They run eagerly inside
-            ``torch.func`` transforms, where a compiled function cannot go.
+        compile: compile the gradient and the second-order products with ``torch.compile``. They run eagerly where somebody
+            differentiates them (inside ``torch.func`` transforms, in ``mode="graph"`` and ``"reverse"``).
 
     Work of a step: one gradient. Errors: an optimizer of another library that cannot be differentiated is refused with the name
     of its ``metacal.optim`` equivalent.
@@ -156,7 +156,7 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
 
 def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     fast = torch.compile(fn)
-    return lambda *args: fn(*args) if operators.transforming() else fast(*args)
+    return lambda *args: fn(*args) if operators.attached(args) else fast(*args)
 
 
 def proximal(objective: Objective, optimizer: OptimizerLike, strength: float | Tensor, *, anchor: Callable[[Tree], Tree]) -> InnerSolver:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -218,13 +219,14 @@ def _products(
     total: Any = None
     for piece in loss.pieces(batch):
         with torch.enable_grad(), _differentiable_attention():
-            try:
-                products, carry = _forward_over_reverse(loss, params, hparams, piece, carry, direction, variables)
-            except (RuntimeError, NotImplementedError) as error:
-                if not any(sign in str(error) for sign in ("forward AD", "forward mode AD", "setup_context")):
-                    raise
-                warnings.warn(_NO_FORWARD_AD.format(error=str(error).split(". ")[0]), NoForwardModeWarning, stacklevel=2)
-                products, carry = _reverse_over_reverse(loss, params, hparams, piece, carry, direction, variables)
+            if loss.fn not in _without_forward_mode:
+                try:
+                    products, moved = _forward_over_reverse(loss, params, hparams, piece, carry, direction, variables)
+                except (RuntimeError, NotImplementedError) as error:
+                    _remember_or_raise(loss, error)
+            if loss.fn in _without_forward_mode:
+                products, moved = _reverse_over_reverse(loss, params, hparams, piece, carry, direction, variables)
+        carry = moved
         products = released(products, keep_graph)
         total = products if total is None else tree.add(total, products)
     return total if loss.num_chunks == 1 else tree.scale(1 / loss.num_chunks, total)
@@ -234,10 +236,21 @@ class NoForwardModeWarning(UserWarning):
     """Second-order products take the reverse-over-reverse way, because an operation has no forward-mode derivative."""
 
 
-_NO_FORWARD_AD = (
-    "Second-order products are computed by a double backward pass, with more memory: an operation of the objective has no forward-mode "
-    "derivative ({error}). For an unrolled run Unrolled(mode='reverse') does the same without trying."
-)
+_without_forward_mode: WeakSet[Callable[..., Any]] = WeakSet()
+
+
+def _remember_or_raise(loss: Loss, error: Exception) -> None:
+    message = str(error)
+    if any(sign in message for sign in ("forward AD", "forward mode AD", "setup_context")):
+        warnings.warn(
+            "Second-order products are computed by a double backward pass, with more memory: an operation of the objective has no "
+            f"forward-mode derivative ({message.split('. ')[0]}).",
+            NoForwardModeWarning,
+            stacklevel=2,
+        )
+    elif "ZeroTensors are immutable" not in message:  # F.mse_loss has a forward-mode derivative that fails (torch issue 123996)
+        raise error
+    _without_forward_mode.add(loss.fn)
 
 
 def _forward_over_reverse(

@@ -130,9 +130,9 @@ METHODS = {
                 f"implicit Neumann({k})",
                 lambda p, k=k: adjoints.Implicit(linear.Neumann(num_steps=k, step_size=p.step_size)),
                 lambda p, k=k: neumann_series(k, p.step_size),
-                is_exact=k == 170,
+                is_exact=k == 90,
             )
-            for k in (0, 1, 7, 170)
+            for k in (0, 1, 7, 90)
         ),
         Method("implicit identity", lambda p: adjoints.Implicit(linear.Identity()), lambda p: lambda matrix, b: b),
         Method("first order", lambda p: adjoints.FirstOrder(), lambda p: lambda matrix, b: torch.zeros_like(b)),
@@ -151,7 +151,7 @@ def cells(*tables: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("method", "problem"), cells([m for m in METHODS if m != "implicit Neumann(170)"], PROBLEMS))
+@pytest.mark.parametrize(("method", "problem"), cells([m for m in METHODS if m != "implicit Neumann(90)"], PROBLEMS))
 def test_law_1_each_adjoint_after_three_steps(method: str, problem: str) -> None:
     """Away from a solution: the formula of the method at the last state and batch."""
     row, p = METHODS[method], PROBLEMS[problem]
@@ -173,8 +173,9 @@ def test_law_1_each_adjoint_at_a_solution(method: str, problem: str) -> None:
     truth = dense_oracle(p, p.solution, p.batches[0], row.inverse(p), row.damping)
     close(hg.hparams, truth.hparams, row.tolerance)
     if row.is_exact:
-        close(hg.hparams, p.hypergradient, 1e-10)
-        assert float(hg.stats["linear_residual"]) < 1e-10
+        tolerance = 1e-5 if "Neumann" in method else 1e-10  # 90 terms shrink the error by at least 0.853^90 = 6e-7
+        close(hg.hparams, p.hypergradient, tolerance)
+        assert float(hg.stats["linear_residual"]) < tolerance
     elif row.name != "first order" and p.name not in ("one_element", "zero_dim"):
         assert relative_error(hg.hparams, p.hypergradient) > 1e-6, "a biased method that is exact here tests nothing"
     if "implicit" in row.name:

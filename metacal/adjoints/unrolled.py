@@ -104,7 +104,7 @@ class Unrolled(Adjoint):
         def load(saved: _Saved) -> _Saved:
             return saved._replace(state=tree.to(saved.state, device), grads=tree.to(saved.grads, device)) if self.offload else saved
 
-        def record(state: InnerState, begin: int) -> InnerState:
+        def record(state: InnerState, begin: int, bad: FirstBad | None = None) -> InnerState:
             noise = None
             for t, batch in enumerate(read(batches, begin, min(begin + segment, last)), begin):
                 noise = _random.same_or(noise, _random.noise(state.params))
@@ -116,13 +116,14 @@ class Unrolled(Adjoint):
                 else:
                     tape.append(save(state, noise))
                     state = solver.step(state, hparams, batch)
-                bad.look(t, state.params)
+                if bad is not None:
+                    bad.look(t, state.params)
             return state
 
         for begin in begins:
             starts.append(save(state, _random.same_or(starts[-1].noise if starts else None, _random.noise(state.params))))
             if begin == begins[-1]:
-                state = record(state, begin)
+                state = record(state, begin, bad)
             else:
                 state = advance(solver, state, hparams, batches, begin, begin + segment, bad)
 

@@ -20,6 +20,7 @@ from metacal.tc2.calibrate import Calibrator as Calibrator
 from metacal.tc2.calibrate import Identity as Identity
 from metacal.tc2.calibrate import Networks as Networks
 from metacal.tc2.calibrate import SoftThreshold as SoftThreshold
+from metacal.tc2.calibrate import Sparsity as Sparsity
 from metacal.tc2.calibrate import TopK as TopK
 from metacal.tc2.calibrate import VacuousReconstructionWarning as VacuousReconstructionWarning
 from metacal.tc2.calibrate import check_num_factors as check_num_factors

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,8 +23,13 @@ from torch.nn import functional as F
 
 from metacal._typing import Tree
 
-Sparsity = Callable[[Tensor], Tensor]
-"""``w [..., n_f] -> w [..., n_f]`` with zeros: :class:`SoftThreshold`, :class:`TopK`, or a function of one's own."""
+
+class Sparsity(ABC):
+    """``w [..., n_f] -> w [..., n_f]`` with zeros: :class:`SoftThreshold`, :class:`TopK`, or a class of one's own."""
+
+    @abstractmethod
+    def __call__(self, w: Tensor) -> Tensor:
+        """The weights, some of them zero."""
 
 
 class VacuousReconstructionWarning(UserWarning):
@@ -260,7 +264,7 @@ class Identity(Calibrator):
 
 
 @dataclass(frozen=True)
-class SoftThreshold:
+class SoftThreshold(Sparsity):
     """Shrinks weights towards zero: sign(w) max(|w| - threshold, 0), in the units of w.
 
     >>> SoftThreshold(1.0)(torch.tensor([-3.0, 0.5, 2.0]))
@@ -277,7 +281,7 @@ class SoftThreshold:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Sparsity):
     """Keeps each sample's k weights of largest magnitude and zeroes the others, which then get no gradient.
 
     Errors:

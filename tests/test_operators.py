@@ -1,0 +1,168 @@
+"""Products of second order against double backward passes written by hand, whatever derivatives torch has for an operation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import metacal
+from metacal import adjoints, linear, operators, optim
+from metacal.diagnostics import peak_bytes, work
+
+W = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+H = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+TARGET = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+
+
+class Cube(torch.autograd.Function):
+    """Of the kind with setup_context, and without a jvp rule."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * ct
+
+
+class OldCube(torch.autograd.Function):
+    """Of the kind that torch.func cannot see into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * ct
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mse_loss": lambda y: F.mse_loss(y, TARGET),
+    "huber_loss": lambda y: F.huber_loss(y, TARGET),
+    "soft_margin_loss": lambda y: F.soft_margin_loss(y, TARGET.sign()),
+    "cross_entropy": lambda y: F.cross_entropy(y[None], torch.tensor([1])),
+    "Function without jvp": lambda y: Cube.apply(y).square().mean(),
+    "Function without setup_context": lambda y: OldCube.apply(y).square().mean(),
+}
+ANNOUNCED = {"soft_margin_loss", "Function without jvp", "Function without setup_context", "huber_loss"}
+
+
+def loss_of(name: str) -> operators.Loss:
+    # Products of w and h, so that the mixed block is not zero; a new function each time, for what is remembered of it.
+    return operators.Loss(lambda w, h, batch, carry: (LOSSES[name](w * h), carry))
+
+
+def by_hand(name: str, d: Tensor) -> tuple[Tensor, Tensor]:
+    w, h = W.clone().requires_grad_(), H.clone().requires_grad_()
+    (g,) = torch.autograd.grad(LOSSES[name](w * h), w, create_graph=True)
+    H_ww, H_hw = torch.autograd.grad(g, (w, h), d)
+    return H_ww, H_hw
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_products_equal_a_double_backward_pass(name: str) -> None:
+    loss, d = loss_of(name), torch.tensor([1.0, -2.0, 0.3], dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):  # what was learned of the loss at the first time is used at the second
+            products = operators.mixed_products(loss, W, H, None, (), d)
+        alone = operators.hessian_product(loss, W, H, None, (), d)
+    for got, expected in zip((*products, alone), (*by_hand(name, d), by_hand(name, d)[0]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    told = [w for w in caught if issubclass(w.category, operators.NoForwardModeWarning)]
+    assert len(told) <= 1  # once per loss, not once per step
+    assert not told or name in ANNOUNCED
+    if "Function" in name:
+        assert told
+        assert "double backward" in str(told[0].message)
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "Function without jvp"])
+@pytest.mark.filterwarnings("ignore::metacal.operators.NoForwardModeWarning")
+def test_every_adjoint_takes_losses_without_forward_mode(name: str) -> None:
+    def inner(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:
+        return LOSSES[name](w * h) + 0.5 * (w - batch).square().sum()
+
+    solver = metacal.descent(inner, optim.sgd(0.05, momentum=0.5))
+    state, batches = solver.init(W, H), metacal.repeat(TARGET, 4)
+
+    def estimate(adjoint: adjoints.Adjoint) -> metacal.HyperGradient:
+        return metacal.hypergradient(lambda w, h, b: w.square().sum(), solver, adjoint)(state, H, batches, None)
+
+    exact = estimate(adjoints.Unrolled("graph"))
+    for adjoint in (adjoints.Unrolled(), adjoints.Unrolled("reverse"), adjoints.Unrolled(segment=1)):
+        torch.testing.assert_close(estimate(adjoint).hparams, exact.hparams, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(estimate(adjoint).params, exact.params, rtol=1e-12, atol=1e-14)
+    dense, cg = (estimate(adjoints.Implicit(solver)).hparams for solver in (linear.Dense(), linear.CG(3)))
+    torch.testing.assert_close(cg, dense, rtol=1e-9, atol=1e-12)
+
+    def of_task(h: Tensor) -> Tensor:
+        return metacal.hypergradient(lambda w, h, b: w.square().sum(), solver, adjoints.Unrolled())(
+            solver.init(W, h), h, batches, None
+        ).hparams
+
+    tasks = torch.stack([H, 2 * H])
+    torch.testing.assert_close(torch.func.vmap(of_task)(tasks), torch.stack([of_task(h) for h in tasks]), rtol=1e-12, atol=1e-14)
+
+
+def test_other_errors_are_not_taken_for_a_missing_rule() -> None:
+    def broken(w: Tensor, h: Tensor, batch: Tensor, carry: Any) -> tuple[Tensor, Any]:
+        raise RuntimeError("a mistake of the user")
+
+    with pytest.raises(RuntimeError, match="a mistake of the user"):
+        operators.hessian_product(operators.Loss(broken), W, H, None, (), W)
+
+
+def test_gradient_accumulation_is_the_mean_over_pieces() -> None:
+    x = torch.randn(8, 3, dtype=torch.float64)
+    whole = metacal.descent(lambda w, h, b: ((b @ (w * h)) ** 2).mean(), optim.sgd(0.1))
+    parts = metacal.descent(metacal.microbatched(lambda w, h, b: ((b @ (w * h)) ** 2).mean(), 4), optim.sgd(0.1))
+    for solver in (whole, parts):
+        assert solver.descent is not None
+    assert whole.descent is not None
+    assert parts.descent is not None
+    for got, expected in (
+        (parts.descent.gradient(W, H, x, ())[0], whole.descent.gradient(W, H, x, ())[0]),
+        (parts.descent.products(W, H, x, (), W), whole.descent.products(W, H, x, (), W)),
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match=r"divisible by the 4 micro-batches"):
+        parts.descent.gradient(W, H, x[:6], ())
+
+
+def test_gradient_accumulation_saves_memory() -> None:
+    x, w = torch.randn(4096, 64), torch.randn(64, 256)
+
+    def loss(w: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        return (b @ w).tanh().square().mean()
+
+    def peak(objective: Any) -> int:
+        solver = metacal.descent(objective, optim.sgd(0.1))
+        assert solver.descent is not None
+        gradient = solver.descent.gradient
+        gradient(w, {}, x, ())
+        return peak_bytes(lambda: gradient(w, {}, x, ()))
+
+    assert peak(metacal.microbatched(loss, 8)) < 0.25 * peak(loss)
+
+
+def test_work_counts_matrix_products() -> None:
+    a, b = torch.ones(5, 7), torch.ones(7, 3)
+    assert work(lambda: (a @ b) @ b.T) == 2 * 5 * 7 * 3 * 2
