@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"metacal {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"metacal {command}: {stop}", file=sys.stderr)
+        print(f"metacal {command}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 

@@ -143,14 +143,14 @@ def test_killed_and_resumed_a_run_ends_as_if_undisturbed(undisturbed: Path, tiny
         # Rows of a resumed run come after those that it kept: wait until it is under way.
         while len(read_metrics(folder)) <= seen and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.2))
+        time.sleep(0 if number == signal.SIGINT else moments.uniform(0, 0.2))
         running.send_signal(number)
         _, err = running.communicate()
         if running.returncode == 0:
             break  # it was faster: the next resumption finds a finished run
         if number == signal.SIGINT:
             assert running.returncode == 130, err
-            assert re.search(r"metacal pretrain: Stopped after \d+ steps; a checkpoint is in", err)
+            assert re.search(r"metacal pretrain: (Stopped after \d+ steps; a checkpoint is in|stopped\n)", err)  # in training, or later
             assert "Traceback" not in err
         else:
             assert running.returncode == -signal.SIGKILL

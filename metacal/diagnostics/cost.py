@@ -54,7 +54,7 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         fn()
     # One event per allocation (positive) and release (negative), in the order of time.
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
