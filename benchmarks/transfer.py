@@ -53,7 +53,8 @@ def table(out: Path, seeds: int) -> str:
         folders = [out / f"{name}-seed{seed}" / "results.json" for seed in range(seeds)]
         if all(path.is_file() for path in folders):
             runs[method] = [json.loads(path.read_text(encoding="utf-8")) for path in folders]
-    head = ["method", *(f"{name} {score}" for name in SETS for score in ("probe", "kNN")), "conflict", "re-split", "images/step", "steps", "s/step"]
+    scores = [f"{name} {score}" for name in SETS for score in ("probe", "kNN")]
+    head = ["method", *scores, "conflict", "re-split", "images/step", "steps", "s/step"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for method, found in runs.items():
         cells = [method]

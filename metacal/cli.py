@@ -143,4 +143,3 @@ def _run_config(folder: Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"`run` {folder} should be the folder of a run, which holds config.yaml. `metacal pretrain` makes one.")
     return load_config(path)
-

@@ -188,9 +188,7 @@ def test_an_inner_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(
     assert re.search(r"The metric 'loss' is (nan|inf) at step 0\.", err)
 
 
-def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(
-    copied: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(copied: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def contents() -> dict[str, bytes]:
         return {str(path.relative_to(copied)): path.read_bytes() for path in copied.rglob("*") if path.is_file()}
 

@@ -253,9 +253,7 @@ def test_pairings_are_double_loops(pairing: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_loop_over_tasks_equals_vmap(name: str) -> None:
     p = problem(name)
-    both = [
-        tc2.paper(p, SGD, SGD, tasks=tasks, pairing="cross", **stages(steps=2, adjoint=Unrolled())) for tasks in ("loop", "vmap")
-    ]
+    both = [tc2.paper(p, SGD, SGD, tasks=tasks, pairing="cross", **stages(steps=2, adjoint=Unrolled())) for tasks in ("loop", "vmap")]
     state, x = trained(both[0].init()), images()
     (looped, loop_metrics), (mapped, map_metrics) = (take(method, state, x) for method in both)
     close(mapped.theta, looped.theta, 1e-12)
@@ -391,9 +389,7 @@ def test_implicit_paper_is_imaml_where_the_tasks_converge() -> None:
     p, strength = linear_problem(), 0.5
     stage = Stage(0.5, 100, Implicit(linear.CG(40)), strength=strength)
     still = Stage(0.0, 1, Unrolled())
-    method = tc2.paper(
-        p, SGD, optim.sgd(0.01), calibration=CALIBRATION.without("sparsity"), calibrator_stage=still, encoder_stage=stage
-    )
+    method = tc2.paper(p, SGD, optim.sgd(0.01), calibration=CALIBRATION.without("sparsity"), calibrator_stage=still, encoder_stage=stage)
     state, x = method.init(), torch.randn(16, 4, 1, 2, 2)
     after, _ = take(method, state, x)
     support, query = split(x)

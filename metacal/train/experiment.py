@@ -123,9 +123,7 @@ def pretrain(config: Config, folder: str | Path, *, resume: bool = False, progre
     _write_settings(folder, config, resume)
     write_environment(folder, seed=config.seed, device=str(device))
     t, steps = config.train, total_steps(config)
-    state = fit(
-        step, state, steps, folder, checkpoint_every=t.checkpoint_every, log_every=t.log_every, resume=resume, progress=progress
-    )
+    state = fit(step, state, steps, folder, checkpoint_every=t.checkpoint_every, log_every=t.log_every, resume=resume, progress=progress)
     last = measured(state, steps)
     results = {
         "cosines": last.cosines.tolist(),

@@ -125,7 +125,7 @@ def refuse_existing(folder: Path) -> None:
     """Raises FileExistsError where a run has left metrics or checkpoints; one that failed in its first step has not."""
     if read_metrics(folder) or any((folder / CHECKPOINTS).glob("*.pt")):
         raise FileExistsError(
-            f"`folder` {folder} already holds a run. Go on with it by resume=True (on the command line --resume), or name another folder."
+            f"`folder` {folder} already holds a run. Pass resume=True (on the command line --resume) to go on, or name another folder."
         )
 
 
