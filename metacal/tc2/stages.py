@@ -16,6 +16,7 @@ Reading ``lookahead`` [O], the hypergradient of the calibrator through the encod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -42,7 +43,8 @@ class Stage:
     With one or two steps ``Unrolled(mode="graph")`` is the fastest exact adjoint; under ``tasks="vmap"`` use ``Unrolled()``.
 
     ``strength`` ties the inner solution to where it starts, + strength/2 |w - w_0|^2 (iMAML): what an implicit adjoint needs
-    where the initial params are the variable (both stages of reading ``paper``).
+    where the initial params are the variable (both stages of reading ``paper``). Take it larger than the loss's negative
+    curvature: on a concave direction conjugate gradients stand still, and the residual in ``stats`` says so.
     """
 
     lr: float
@@ -110,13 +112,7 @@ def paper(
     def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
         now = without if int(state.step) < warmup else problem
         support, query = problem.batch(views, state.target)
-        metrics: dict[str, Tensor] = {}
-        V = views.new_zeros(())  # the identity reads no factors
-        if not isinstance(now.calibrator, Identity):
-            represented = _represented(now, state.theta, support, query)
-            if tree.leaves(state.phi):
-                state, metrics = calibrate(state, represented)
-            V = now.calibrator.factors(state.phi, represented.Z).detach()
+        state, V, metrics = _calibrated(now, state, support, query, calibrate)
 
         def inner(theta: Tree, _: Tree, task: Views) -> Tensor:
             return now.loss(theta, state.phi, V, task)
@@ -181,13 +177,7 @@ def lookahead(
     def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
         now = without if int(state.step) < warmup else problem
         support, query = problem.batch(views, state.target)
-        metrics: dict[str, Tensor] = {}
-        V = views.new_zeros(())
-        if not isinstance(now.calibrator, Identity):
-            represented = _represented(now, state.theta, support, query)
-            if tree.leaves(state.phi):
-                state, metrics = calibrate(state, support, query, represented.Z)
-            V = now.calibrator.factors(state.phi, represented.Z).detach()
+        state, V, metrics = _calibrated(now, state, support, query, lambda state, r: calibrate(state, support, query, r.Z))
         loss, _, (gradient,) = operators.value_and_grad(
             lambda theta: (mean_over_tasks(per_task(lambda task: now.loss(theta, state.phi, V, task), support)), None), state.theta
         )
@@ -221,6 +211,21 @@ def _check_factors(problem: Problem, calibration: CalibrationLoss) -> None:
         in_loss = "sparsity" in calibration.terms and bool(calibration.weights.get("sparsity", 1.0) != 0)
         sparse = calibrator.sparsity is not None or in_loss
         check_num_factors(problem.d if calibrator.n_f is None else calibrator.n_f, problem.d, sparse=sparse)
+
+
+def _calibrated(
+    problem: Problem,
+    state: MethodState,
+    support: Views,
+    query: Views,
+    calibrate: Callable[[MethodState, _Calibration], tuple[MethodState, dict[str, Tensor]]],
+) -> tuple[MethodState, Tensor, dict[str, Tensor]]:
+    """Moves the calibrator, where it has something to learn, and computes the iteration's factors V."""
+    if isinstance(problem.calibrator, Identity):
+        return state, support.x.new_zeros(()), {}  # it reads no factors
+    represented = _represented(problem, state.theta, support, query)
+    state, metrics = calibrate(state, represented) if tree.leaves(state.phi) else (state, {})
+    return state, problem.calibrator.factors(state.phi, represented.Z).detach(), metrics
 
 
 def _finite_stats(stats: dict[str, Tensor]) -> dict[str, Tensor]:
