@@ -76,7 +76,8 @@ def summarise(runs: Mapping[str, Path], *, title: str = "metacal runs", intro: S
     results = {name: read_results(folder) for name, folder in runs.items()}
     metrics = {name: read_metrics(folder) for name, folder in runs.items()}
     scores = {name: found["scores"] for name, found in results.items() if "scores" in found}
-    best: dict[str, Any] = {"linear probe %": "max", "kNN %": "max"}
+    sets = {data for found in scores.values() for data in found}
+    best: dict[str, Any] = {"linear probe %": "max", "kNN %": "max"} if len(sets) == 1 else {}  # one set's scores do not beat another's
     curves = []
     for metric, meaning in _CURVES.items():
         lines = {name: [(row["step"], row[metric]) for row in rows if metric in row] for name, rows in metrics.items()}
@@ -98,7 +99,7 @@ def summarise(runs: Mapping[str, Path], *, title: str = "metacal runs", intro: S
     return Report(
         title,
         intro,
-        [*tables, Table("Frozen encoders", score_rows(scores), best if scores else {})],
+        [*tables, Table("Frozen encoders", score_rows(scores), best)],
         curves,
         matrices,
         [_provenance(name, folder) for name, folder in runs.items()],
