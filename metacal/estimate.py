@@ -227,7 +227,7 @@ class _Solve(Function):
         problem: _Problem = ctx.problem
         flat = ctx.saved_tensors
         learned = problem.num_params + problem.num_hparams
-        if any(d is not None and bool(d.any()) for d in tangents[learned:]):
+        if any(d is not None and bool(torch.func.debug_unwrap(d).any()) for d in tangents[learned:]):
             raise ValueError(_BATCH_GRAD)
         filled = [torch.zeros_like(x) if d is None else d for x, d in zip(flat, tangents, strict=True)]
         params, hparams, batches = problem.combine(flat)

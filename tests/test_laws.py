@@ -360,7 +360,9 @@ def test_law_2_offloaded_states_change_nothing(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "adjoint", [*(adjoints.Unrolled(mode=m) for m in MODES), adjoints.Implicit(linear.CG(4)), adjoints.FirstOrder()], ids=lambda adjoint: str(adjoint).split(", select=")[0]
+    "adjoint",
+    [*(adjoints.Unrolled(mode=m) for m in MODES), adjoints.Implicit(linear.CG(4)), adjoints.FirstOrder()],
+    ids=lambda adjoint: str(adjoint).split(", select=")[0],  # a function's address would differ between parallel workers
 )
 def test_law_2_zero_and_one_step(adjoint: Any) -> None:
     """No step: the params are the start. One step: the shortest segment there is."""

@@ -58,7 +58,8 @@ def is_collapsed(z: Tensor, *, min_std: float = 0.03, min_rank: float = 1.5) -> 
     """Whether all rows point the same way (``dimension_std`` < min_std), or vary along one direction only (``rank_me`` < min_rank).
 
     The rank is that of the centred rows, so that a large common mean does not count. 0.03 is reached where the mean cosine similarity
-    of two rows is about 0.999. Thresholds are our choice: encoders with a large common mean that work well were seen at 0.1. NaN counts as collapsed.
+    of two rows is about 0.999. Thresholds are our choice: encoders with a large common mean that work well were seen at 0.1.
+    NaN counts as collapsed.
 
     >>> is_collapsed(torch.randn(100, 8)), is_collapsed(torch.ones(100, 8))
     (False, True)
