@@ -2,8 +2,11 @@
 
 from metacal import adjoints as adjoints
 from metacal import linear as linear
+from metacal import nets as nets
 from metacal import objectives as objectives
 from metacal import optim as optim
+from metacal import tasks as tasks
+from metacal import tc2 as tc2
 from metacal import tree as tree
 from metacal._typing import Objective as Objective
 from metacal.adjoints import Adjoint as Adjoint
