@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metacal import _checks, tree
+from metacal import _checks, _random, tree
 from metacal._typing import Tree
 
 with warnings.catch_warnings():
@@ -220,10 +220,14 @@ def _products(
     for piece in loss.pieces(batch):
         with torch.enable_grad(), _differentiable_attention():
             if loss.fn not in _without_forward_mode:
+                # The attempt may draw (dropout) before it fails: the other way has to see the same noise.
+                before = None if torch.compiler.is_compiling() else _random.noise(params)
                 try:
                     products, moved = _forward_over_reverse(loss, params, hparams, piece, carry, direction, variables)
                 except (RuntimeError, NotImplementedError) as error:
                     _remember_or_raise(loss, error)
+                    if before is not None:
+                        _random.restore(before)
             if loss.fn in _without_forward_mode:
                 products, moved = _reverse_over_reverse(loss, params, hparams, piece, carry, direction, variables)
         carry = moved

@@ -122,6 +122,22 @@ def test_every_adjoint_takes_losses_without_forward_mode(name: str) -> None:
     torch.testing.assert_close(torch.func.vmap(of_task)(tasks), torch.stack([of_task(h) for h in tasks]), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["mse_loss", "Function without jvp"])
+@pytest.mark.filterwarnings("ignore::metacal.operators.NoForwardModeWarning")
+def test_the_first_failed_attempt_draws_no_noise_of_its_own(name: str) -> None:
+    def inner(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:
+        return LOSSES[name](F.dropout(0.5 * w * h, 0.5)) + 0.5 * (w - batch).square().sum()
+
+    solver = metacal.descent(inner, optim.sgd(0.05))
+    found = {}
+    for mode in ("graph", "mixed"):
+        torch.manual_seed(3)
+        estimate = metacal.hypergradient(lambda w, h, b: w.square().sum(), solver, adjoints.Unrolled(mode))  # type: ignore[arg-type]
+        found[mode] = estimate(solver.init(W, H), H, metacal.repeat(TARGET, 4), None)
+    assert bool(found["graph"].hparams.any())
+    torch.testing.assert_close(found["mixed"].hparams, found["graph"].hparams, rtol=1e-12, atol=1e-14)
+
+
 def test_other_errors_are_not_taken_for_a_missing_rule() -> None:
     def broken(w: Tensor, h: Tensor, batch: Tensor, carry: Any) -> tuple[Tensor, Any]:
         raise RuntimeError("a mistake of the user")

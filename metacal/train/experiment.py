@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -116,8 +117,7 @@ def pretrain(config: Config, folder: str | Path, *, resume: bool = False, progre
 
     def measured(state: MethodState, t: int) -> Measurement:
         # Its own draws, so that measuring leaves the run as it would have been; at least 4 views, for support and query pairs.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(config.seed)
+        with _own_draws(device, config.seed):
             return measure(problem, state, sample(t, max(4, config.tc2.num_views)), lr=config.tc2.encoder_stage.lr)
 
     _write_settings(folder, config, resume)
@@ -204,8 +204,7 @@ def images_per_step(config: Config) -> int:
 
     # In a loop, because vmap hides the task axis from the count.
     counted = replace(config, device="cpu", tc2=replace(config.tc2, run_tasks="loop", warmup=0))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _own_draws(resolve_device(config.device), 0):
         _, method = build(counted, 1, counting)
         method.step(method.init(), torch.rand(small, config.tc2.num_views, 1, 8, 8))
     return seen * config.train.batch_size // small
@@ -222,8 +221,7 @@ def total_steps(config: Config) -> int:
 def step_bytes(config: Config) -> int:
     """Peak of the bytes that one iteration allocates, above the state and the batch."""
     device = resolve_device(config.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        seed_everything(config.seed)
+    with _own_draws(device, config.seed):
         images = training_images(config).to(device)
         _, method = build(config, training_channels(config))
         state, x = _on(device, method.init()), _sampler(config, images)(0)
@@ -275,6 +273,14 @@ def _in_bfloat16(net: Network) -> Network:
 
 def _on(device: torch.device, state: MethodState) -> MethodState:
     return tree.to(state, device)._replace(step=state.step)
+
+
+@contextmanager
+def _own_draws(device: torch.device, seed: int) -> Iterator[None]:
+    """Draws from ``seed`` inside, and leaves torch's generators, the device's too (manual_seed reseeds it), as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _wait(device: torch.device) -> None:
