@@ -779,6 +779,19 @@ def test_conflict_stands_beside_that_of_the_same_batch_with_shuffled_membership(
         assert torch.equal(found.transfer, expected.transfer)
 
 
+def test_the_conflict_without_the_calibrator_is_that_of_the_same_tasks() -> None:
+    p = problem("simclr")
+    state, x = trained(tc2.paper(p, SGD, SGD).init()), images()
+    torch.manual_seed(1)
+    found = tc2.measure(p, state, x)
+    torch.manual_seed(1)
+    plain = tc2.measure(replace(p, calibrator=tc2.Identity()), state, x)
+    for name in ("conflict_rate", "conflict_severity"):
+        assert found.scalars[f"uncalibrated_{name}"] == plain.scalars[name]
+    assert not torch.equal(found.cosines, plain.cosines)  # the calibrator does something
+    assert "uncalibrated_conflict_rate" not in plain.scalars
+
+
 def test_where_statistics_are_shared_what_is_measured_reads_every_sample_once() -> None:
     p = replace(problem("vicreg", deal="given"), network=net(OBJECTIVES["vicreg"], norm=None))
     state, x = trained(tc2.paper(p, SGD, SGD).init()), images()

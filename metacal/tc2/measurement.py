@@ -23,8 +23,8 @@ class Measurement(NamedTuple):
     cosines: [K, K] between the tasks' support gradients at theta.
     transfer: [K, K], T(i -> j) = l_j^q(theta) - l_j^q(theta'_i): positive where a step on task i helps task j.
     scalars: conflict rate and severity, the same for the same batch with its membership shuffled (the baseline of any kind of
-        tasks; a random split's conflict is largely sampling noise), mean transfer to other tasks, and the calibration's errors and
-        sparsity.
+        tasks; a random split's conflict is largely sampling noise), mean transfer to other tasks, and, where there is a calibrator,
+        the calibration's errors and sparsity, and the conflict of the same tasks at the same theta without it.
     """
 
     cosines: Tensor
@@ -38,7 +38,7 @@ def measure(problem: Problem, state: MethodState, views: Tensor, *, lr: float = 
     Args:
         lr, steps: the adaptation theta'_i of the transfer matrix.
 
-    Cost: 2 K gradients, K runs of ``steps``, K (K + 1) query losses.
+    Cost: 2 K gradients (3 K with a calibrator), K runs of ``steps``, K (K + 1) query losses.
     """
     problem = replace(problem, carry=state.carry)
     with torch.random.fork_rng(devices=[views.device] if views.is_cuda else []):
@@ -58,23 +58,30 @@ def measure(problem: Problem, state: MethodState, views: Tensor, *, lr: float = 
     def task(side: Views, k: int) -> Views:
         return tree.index(side, k)
 
-    def gradient(split: Batch, k: int) -> Tree:
-        return operators.value_and_grad(lambda theta: (loss(theta, {}, task(split.support, k)), None), state.theta)[2][0]
+    def conflict(of: Problem, split: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        def gradient(k: int) -> Tree:
+            return operators.value_and_grad(lambda theta: (of.loss(theta, state.phi, V, task(split.support, k)), None), state.theta)[2][0]
+
+        found = cosines([gradient(k) for k in range(K)])
+        return found, measure_conflict(found)
 
     solver = descent(loss, sgd(lr))
     start = solver.init(state.theta, {})
     adapted = [run(solver, start, {}, repeat(task(batch.support, k), steps)).params for k in range(K)]
     before = torch.stack([loss(state.theta, {}, task(batch.query, j)) for j in range(K)]).detach()
     after = torch.stack([torch.stack([loss(theta, {}, task(batch.query, j)) for j in range(K)]) for theta in adapted]).detach()
-    here, there = (cosines([gradient(split, k) for k in range(K)]) for split in (batch, again))
     transfer = transfer_matrix(before, after)
-    (rate, severity), (baseline_rate, baseline_severity) = measure_conflict(here), measure_conflict(there)
+    here, (rate, severity) = conflict(problem, batch)
+    _, (baseline_rate, baseline_severity) = conflict(problem, again)
     scalars |= {
         "conflict_rate": rate,
         "conflict_severity": severity,
         "resplit_conflict_rate": baseline_rate,
         "resplit_conflict_severity": baseline_severity,
     }
+    if not isinstance(problem.calibrator, Identity):
+        _, (plain_rate, plain_severity) = conflict(replace(problem, calibrator=Identity()), batch)
+        scalars |= {"uncalibrated_conflict_rate": plain_rate, "uncalibrated_conflict_severity": plain_severity}
     if K > 1:
         scalars["transfer_to_others"] = (transfer.sum() - transfer.trace()) / (K * (K - 1))
     return Measurement(here, transfer, scalars)

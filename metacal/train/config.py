@@ -178,6 +178,7 @@ class TrainConfig:
         checkpoint_every: iterations between checkpoints.
         log_every: iterations between readings of the metrics.
         measure_every: iterations between measurements of conflict and transfer; 0 measures at the end only.
+        measure_batches: batches whose mean the measurement after the last iteration is.
         threads: of torch on a CPU; null leaves torch's choice. Small images run no faster on more than one.
     """
 
@@ -190,7 +191,12 @@ class TrainConfig:
     checkpoint_every: int = 50
     log_every: int = 10
     measure_every: int = 50
+    measure_batches: int = 1
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.measure_batches < 1:
+            raise ValueError(f"`measure_batches` should be at least 1, got {self.measure_batches}.")
 
 
 @dataclass(frozen=True)

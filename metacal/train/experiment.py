@@ -148,7 +148,7 @@ def pretrain(config: Config, folder: str | Path, *, resume: bool = False, progre
     planned = _planned(config, folder, resume)
     t, steps = config.train, planned["steps"]
     state = fit(step, state, steps, folder, checkpoint_every=t.checkpoint_every, log_every=t.log_every, resume=resume, progress=progress)
-    last = measured(state, steps)
+    last = _mean_measurement([measured(state, steps + i) for i in range(t.measure_batches)])
     results = {
         "cosines": last.cosines.tolist(),
         "transfer": last.transfer.tolist(),
@@ -311,6 +311,10 @@ def _watched(config: Config) -> Images:
     data = config.data
     validation = parts(data.name, "validation", data.root, data.download)[1]
     return resize(at_most(validation, config.evaluate.online), training_size(config), training_channels(config))
+
+
+def _mean_measurement(found: list[Measurement]) -> Measurement:
+    return tree.map(lambda *values: torch.stack(values).mean(0), *found)
 
 
 def _pairs(cosines: Tensor) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ _CURVES = {
     "loss": "training loss (not comparable between methods)",
     "conflict_rate": "conflict rate: share of task pairs with opposed gradients",
     "resplit_conflict_rate": "the same after splitting the same batch again: its sampling noise",
+    "uncalibrated_conflict_rate": "the same tasks at the same weights without the calibrator",
     "transfer_to_others": "transfer: how much a step on one task lowers the others' query loss",
     "calibration_loss": "calibrator's outer loss",
     "calibration_error": "share of the representation that calibration drops",
