@@ -95,7 +95,7 @@ def _parser() -> Parser:
     report.add_argument("--out", type=str, default=None, help="the page to write; by default report.html in the first run's folder")
     commands.add_subcommand("report", report, help="a page about runs")
 
-    study = Parser(description="Runs a grid of runs, going on where it stopped, and writes study.html and study.md into its folder.")
+    study = Parser(description="Runs a grid of runs, going on where it stopped, and writes study.html, study.md and runs.jsonl into its folder.")
     study.add_argument("file", type=str, help="the study's YAML file")
     study.add_argument("--out", type=str, default=None, help="folder of the runs; by default runs/NAME-OF-THE-FILE")
     study.add_argument("--processes", type=int, default=1, help="runs at a time, each on one core")
@@ -188,6 +188,7 @@ def _study(parser: Parser, parsed: Namespace) -> None:
     plan = study.load_study(given["file"])
     out = Path(given["out"] or Path("runs") / Path(given["file"]).stem)
     failed = study.run(plan, out, processes=given["processes"], progress=given["progress"])
+    study.write_records(plan, out)
     table = study.markdown(plan, out)
     (out / "study.md").write_text(table, encoding="utf-8")
     print(f"{table}\nWrote {study.page(plan, out)}")

@@ -18,6 +18,7 @@ import yaml
 from metacal import study
 from metacal.cli import main
 from metacal.evaluate.intervals import holm, paired_p_value
+from metacal.train import report
 from metacal.train.experiment import pretrain
 from metacal.train.settings import load_config
 
@@ -73,7 +74,7 @@ def test_changes_go_over_settings_group_by_group() -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"reference": "nobody"}, "nobody"),
+        ({"references": ["nobody"]}, "nobody"),
         ({"seeds": [1, 1]}, "seeds"),
         ({"seeds": []}, "seeds"),
         ({"split": "train"}, "split"),
@@ -140,7 +141,7 @@ def test_findings_and_comparisons_are_those_of_the_runs(tmp_path: Path) -> None:
         for seed in (3, 4)
     }
     assert base.values["digits probe"] == {seed: scores["base", seed] for seed in (3, 4)}
-    (c,) = study.compare(plan, [base, calibrated], ["digits probe"])
+    (c,) = study.compare(plan, [base, calibrated], ["digits probe"], "base")
     differences = [scores["tc²-paper", seed] - scores["base", seed] for seed in (3, 4)]
     assert math.isclose(c.difference.mean, sum(differences) / 2, abs_tol=1e-12)
     assert c.num_seeds == 2
@@ -160,13 +161,76 @@ def test_p_values_are_corrected_for_the_comparisons_of_one_method_in_one_score(t
         study.Finding({"objective": o, "method": m}, {"digits probe": dict(zip([1, 2, 3], v, strict=True))}, ())
         for (o, m), v in scores.items()
     ]
-    first, second = study.compare(plan, found, ["digits probe"])
+    first, second = study.compare(plan, found, ["digits probe"], "base")
     assert (first.difference.mean, second.difference.mean) == (2.0, 4 / 3)
     assert second.p < first.p
     assert math.isclose(second.p_holm, 2 * second.p)
     assert math.isclose(first.p_holm, max(first.p, 2 * second.p))
-    (alone,) = study.compare(plan, found[:2], ["digits probe"])
+    (alone,) = study.compare(plan, found[:2], ["digits probe"], "base")
     assert alone.p_holm == alone.p
+
+
+def test_transfer_is_judged_without_the_set_that_was_trained_on(tmp_path: Path) -> None:
+    plan = study.load_study(write(tmp_path, grid={"method": {"base": {}}}, seeds=[3]))  # trains on digits
+    (cell,) = study.cells(plan)
+    results = {
+        "scores": {"digits": {"probe": 0.9}, "mnist": {"probe": 0.5}, "omniglot": {"probe": 0.25}},
+        "measured": {"conflict_rate": 0.5},
+        "seconds_per_step": 1.0,
+        "images_per_step": 2,
+        "steps": 3,
+    }
+    (tmp_path / cell.path).mkdir(parents=True)
+    (tmp_path / cell.path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (found,) = study.findings(plan, tmp_path)
+    assert found.values[study.TRANSFER] == {3: 37.5}
+    assert study.scores([found])[0] == study.TRANSFER
+    (record,) = map(json.loads, study.write_records(plan, tmp_path).read_text(encoding="utf-8").splitlines())
+    assert (record["run"], record["method"], record["seed"], record["results"]) == ("base/seed3", "base", 3, results)
+    assert record["settings"]["data"] == {"name": "digits"}
+
+
+def test_correlations_are_over_runs_with_the_places_means_taken_off(tmp_path: Path) -> None:
+    from scipy.stats import spearmanr
+
+    plan = study.load_study(write(tmp_path, seeds=[1, 2]))
+    conflict = {("a", "base"): [0.1, 0.4], ("a", "TC² (paper)"): [0.2, 0.3], ("b", "base"): [5.1, 5.2], ("b", "TC² (paper)"): [5.4, 5.0]}
+    score = {("a", "base"): [9.0, 7.5], ("a", "TC² (paper)"): [8.0, 7.0], ("b", "base"): [3.0, 2.0], ("b", "TC² (paper)"): [1.0, 2.5]}
+    found = [
+        study.Finding(
+            {"objective": o, "method": m},
+            {"x": dict(zip([1, 2], conflict[o, m], strict=True)), "y": dict(zip([1, 2], score[o, m], strict=True))},
+            (),
+        )
+        for o, m in conflict
+    ]
+    c = study.correlate(plan, found, "x", "y")
+    assert c is not None
+    x = [v - (0.25 if o == "a" else 5.175) for (o, _), values in conflict.items() for v in values]
+    y = [v - (7.875 if o == "a" else 2.125) for (o, _), values in score.items() for v in values]
+    assert math.isclose(c.rho, spearmanr(x, y).statistic)
+    assert c.rho < -0.5 < spearmanr([v for vs in conflict.values() for v in vs], y).statistic, "the objectives' means would hide it"
+    assert [run[0] for run in c.pairs] == ["base", "base", "TC² (paper)", "TC² (paper)"] * 2
+    assert study.correlate(plan, found[:2], "x", "y") is None  # four runs
+    assert study.correlate(plan, found, "x", "unknown") is None
+
+
+def test_the_page_draws_the_differences_to_every_reference(tmp_path: Path) -> None:
+    plan = study.load_study(write(tmp_path, seeds=[1, 2, 3], references=["base", "TC² (paper)"]))
+    found = [
+        study.Finding({"objective": o, "method": m}, {study.TRANSFER: {1: first, 2: 51.0, 3: 52.0}}, ())
+        for o in ("SimCLR", "VICReg")
+        for m, first in (("base", 50.0), ("TC² (paper)", 53.0))
+    ]
+    forward, backward = (study.differences(plan, found, name) for name in plan.references)
+    assert forward.series.keys() == {"TC² (paper)"}
+    assert forward.series["TC² (paper)"].keys() == {"SimCLR", "VICReg"}
+    mean, half = forward.series["TC² (paper)"]["VICReg"]
+    assert math.isclose(mean, 1.0)
+    assert backward.series["base"]["VICReg"] == (-mean, half)
+    html = report.write(tmp_path / "page.html", report.Report("page", intervals=[forward])).read_text(encoding="utf-8")
+    for text in ("VICReg", "TC² (paper)", "Against", "points"):
+        assert text in html
 
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_this_studys(tmp_path: Path) -> None:

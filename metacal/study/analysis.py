@@ -11,6 +11,9 @@ from metacal.evaluate.intervals import Interval, holm, mean_interval, paired_int
 from metacal.study.plan import Cell, Study, cells
 from metacal.train.summary import read_results
 
+TRANSFER = "transfer probe"
+"""The measure that a study is judged by: the mean linear probe over the data sets other than the one trained on."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -54,17 +57,19 @@ def findings(study: Study, out: str | Path) -> list[Finding]:
             results = read_results(Path(out) / cell.path)
             if results:
                 folders.append(cell.path)
-                for measure, value in _measures(results).items():
+                for measure, value in _measures(results, cell.settings.get("data", {}).get("name", "")).items():
                     values.setdefault(measure, {})[cell.seed] = value
         if folders:
             found.append(Finding(runs[0].names, values, tuple(folders)))
     return found
 
 
-def _measures(results: Mapping[str, Any]) -> dict[str, float]:
-    """Scores in percent, what was measured of conflict, and the cost."""
+def _measures(results: Mapping[str, Any], trained_on: str) -> dict[str, float]:
+    """Scores in percent, the mean probe of the sets that were not trained on, what was measured of conflict, and the cost."""
     scores = results.get("scores", {})
-    found = {f"{data} {score}": 100 * by[score] for data, by in scores.items() for score in ("probe", "knn") if score in by}
+    others = [100 * by["probe"] for data, by in scores.items() if data != trained_on and "probe" in by]
+    found: dict[str, float] = {TRANSFER: sum(others) / len(others)} if others else {}
+    found |= {f"{data} {score}": 100 * by[score] for data, by in scores.items() for score in ("probe", "knn") if score in by}
     found |= {f"{data} RankMe": by["rank_me"] for data, by in scores.items() if "rank_me" in by}
     found |= {name: value for name, value in results.get("measured", {}).items() if value == value}
     found["seconds per step"] = results["seconds_per_step"]
@@ -72,20 +77,20 @@ def _measures(results: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def compare(study: Study, found: Sequence[Finding], measures: Sequence[str]) -> list[Comparison]:
-    """Every method against the reference at every place of the other axes, over the seeds that both have (at least two)."""
+def compare(study: Study, found: Sequence[Finding], measures: Sequence[str], reference: str) -> list[Comparison]:
+    """Every method against ``reference`` at every place of the other axes, over the seeds that both have (at least two)."""
     at = {tuple(f.names.values()): f for f in found}
     position = list(study.grid).index(study.axis)
     compared: list[Comparison] = []
     for f in found:
         name = f.names[study.axis]
         place = list(f.names.values())
-        place[position] = study.reference
-        reference = at.get(tuple(place))
-        if name == study.reference or reference is None:
+        place[position] = reference
+        other = at.get(tuple(place))
+        if name == reference or other is None:
             continue
         for measure in measures:
-            a, b = f.values.get(measure, {}), reference.values.get(measure, {})
+            a, b = f.values.get(measure, {}), other.values.get(measure, {})
             seeds = sorted(a.keys() & b.keys())
             if len(seeds) > 1:
                 xs, ys = [a[s] for s in seeds], [b[s] for s in seeds]
@@ -98,3 +103,37 @@ def compare(study: Study, found: Sequence[Finding], measures: Sequence[str]) -> 
             c = compared[i]
             compared[i] = Comparison(c.names, c.measure, c.difference, c.num_seeds, c.p, p)
     return compared
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation of two measures over runs, each measure first freed of its mean at every place of the other axes.
+
+    ``p`` takes the runs for independent, which runs of one method or seed are not quite: it is too small rather than too large.
+    """
+
+    x: str
+    y: str
+    rho: float
+    p: float
+    pairs: tuple[tuple[str, float, float], ...]  # (name on the study's axis, x, y) of every run, means taken off
+
+
+def correlate(study: Study, found: Sequence[Finding], x: str, y: str) -> Correlation | None:
+    """How two measures go together over the runs that have both; None with fewer than five, or where one of them never changes."""
+    from scipy.stats import spearmanr
+
+    places: dict[tuple[str, ...], list[tuple[str, float, float]]] = {}
+    for f in found:
+        place = tuple(name for axis, name in f.names.items() if axis != study.axis)
+        xs, ys = f.values.get(x, {}), f.values.get(y, {})
+        places.setdefault(place, []).extend((f.names[study.axis], xs[seed], ys[seed]) for seed in sorted(xs.keys() & ys.keys()))
+    pairs = []
+    for runs in places.values():
+        if runs:
+            mean_x, mean_y = (sum(run[i] for run in runs) / len(runs) for i in (1, 2))  # type: ignore[misc]
+            pairs += [(name, a - mean_x, b - mean_y) for name, a, b in runs]
+    if len(pairs) < 5 or len({a for _, a, _ in pairs}) < 2 or len({b for _, _, b in pairs}) < 2:
+        return None
+    result = spearmanr([a for _, a, _ in pairs], [b for _, _, b in pairs])
+    return Correlation(x, y, float(result.statistic), float(result.pvalue), tuple(pairs))

@@ -5,17 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from metacal.study.analysis import Comparison, Finding, compare, findings
+from metacal.study.analysis import TRANSFER, Comparison, Correlation, Finding, compare, correlate, findings
 from metacal.study.plan import Study, cells
 from metacal.study.runner import finished
 from metacal.train import report
-from metacal.train.report import Cell, Report, Table
+from metacal.train.report import Cell, Intervals, Points, Report, Table
 from metacal.train.summary import read_results
+
+_COSTS = ("encoder images", "seconds per step")
+_CONFLICT = (
+    "conflict_rate",
+    "conflict_severity",
+    "resplit_conflict_rate",
+    "resplit_conflict_severity",
+    "uncalibrated_conflict_rate",
+    "uncalibrated_conflict_severity",
+    "transfer_to_others",
+)
+_CONFLICT_NOTE = (
+    "After the last step. Rate: share of pairs of tasks with opposed gradients; severity: mean of min(cosine, 0). resplit: the same batch "
+    "dealt again at random, the sampling noise of any deal. uncalibrated: the same tasks at the same weights without the calibrator."
+)
 
 
 def scores(found: Sequence[Finding]) -> list[str]:
-    """The accuracies that some run has, in order."""
+    """The accuracies that some run has, the one that a study is judged by first."""
     return list(dict.fromkeys(m for f in found for m in f.values if m.endswith((" probe", " knn"))))
+
+
+def differences(study: Study, found: Sequence[Finding], reference: str, measure: str = TRANSFER) -> Intervals:
+    """The picture of a study: every method's paired difference to one of them in one measure, at every place of the grid."""
+    series: dict[str, dict[str, tuple[float, float]]] = {}
+    for c in compare(study, found, [measure], reference):
+        place = ", ".join(name for axis, name in c.names.items() if axis != study.axis) or measure
+        series.setdefault(c.names[study.axis], {})[place] = (c.difference.mean, c.difference.half_width)
+    return Intervals(
+        f"Against '{reference}'",
+        series,
+        f"difference in {measure}, points",
+        note="Paired by seed; bars are 95% t-intervals of one comparison alone.",
+    )
 
 
 def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
@@ -28,27 +57,39 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
         f"{len(names)} on axis '{axis}' ({', '.join(names)})" for axis, names in study.grid.items()
     )
     intro = [text for text in (study.question, f"{run}; seeds {', '.join(map(str, study.seeds))}; judged on {study.split} images.") if text]
-    measures = [*scores(found), "conflict_rate", "resplit_conflict_rate", "encoder images", "seconds per step"]
-    compared = compare(study, found, scores(found))
     tables = [
         Table(
             "Every place of the grid",
-            [_row(f, measures) for f in found],
-            note="Accuracies in percent: mean ± half width of the 95% t-interval over seeds.",
+            [_row(f, [*scores(found), *_COSTS]) for f in found],
+            note="Accuracies in percent: mean ± half width of the 95% t-interval over seeds. Transfer probe: the mean linear probe of "
+            "the data sets that were not trained on.",
         ),
+        Table("Conflict between tasks", [_row(f, _CONFLICT) for f in found if _CONFLICT[0] in f.values], note=_CONFLICT_NOTE),
+    ]
+    tables += [
         Table(
-            f"Against '{study.reference}', paired by seed",
-            [_comparison_row(c) for c in compared],
+            f"Against '{reference}', paired by seed",
+            [_comparison_row(c) for c in compare(study, found, scores(found), reference)],
             note="Difference in points ± half width of its 95% interval. p: paired t-test; Holm: corrected for the comparisons of one "
             "method in one score.",
-        ),
+        )
+        for reference in study.references
     ]
+    correlated = [c for x in _CONFLICT[:2] if (c := correlate(study, found, x, TRANSFER)) is not None]
     footnotes = [
         *study.notes,
         *(f"{cell.path}: not finished" for cell in missing),
         *(f"{folder}: {read_results(out / folder)['steps']} steps" for f in found for folder in f.folders),
     ]
-    return report.write(path or out / "study.html", Report(study.title, intro, tables, footnotes=footnotes))
+    shown = Report(
+        study.title,
+        intro,
+        tables,
+        intervals=[picture for reference in study.references if (picture := differences(study, found, reference)).series],
+        maps=[_scatter(c) for c in correlated],
+        footnotes=footnotes,
+    )
+    return report.write(path or out / "study.html", shown)
 
 
 def _row(f: Finding, measures: Sequence[str]) -> dict[str, Cell]:
@@ -60,13 +101,25 @@ def _row(f: Finding, measures: Sequence[str]) -> dict[str, Cell]:
     return row
 
 
+def _scatter(c: Correlation) -> Points:
+    return Points(
+        f"{c.y} against {c.x}",
+        [(x, y) for _, x, y in c.pairs],
+        [name for name, _, _ in c.pairs],
+        note=f"Every run, means over the place of the grid taken off; Spearman's rank correlation {c.rho:+.2f} over {len(c.pairs)} runs "
+        f"(p = {c.p:.2g} if runs were independent).",
+        x_label=c.x,
+        y_label=f"{c.y}, points",
+    )
+
+
 def _comparison_row(c: Comparison) -> dict[str, Cell]:
     difference = (c.difference.mean, c.difference.half_width)
     return {**c.names, "score": c.measure, "difference": difference, "seeds": c.num_seeds, "p": c.p, "Holm": c.p_holm}
 
 
 def markdown(study: Study, out: str | Path) -> str:
-    """The scores, and their differences to the reference, as two Markdown tables."""
+    """The scores, and their differences to each reference, as Markdown tables."""
     found = findings(study, out)
     names = list(study.grid)
     measures = scores(found)
@@ -74,17 +127,20 @@ def markdown(study: Study, out: str | Path) -> str:
     for f in found:
         cells_ = [_plain(_row(f, measures)[m]) for m in measures]
         lines.append("| " + " | ".join([*f.names.values(), str(len(f.folders)), *cells_]) + " |")
-    lines += ["", f"Difference to '{study.reference}' in points, paired by seed (* where Holm's p < 0.05):", ""]
-    compared = compare(study, found, measures)
-    lines += _header([*names, *measures])
-    for place in dict.fromkeys(tuple(c.names.values()) for c in compared):
-        here = {c.measure: c for c in compared if tuple(c.names.values()) == place}
-        cells_ = [
-            f"{c.difference.mean:+.1f} ± {c.difference.half_width:.1f}" + ("*" if c.p_holm < 0.05 else "") if (c := here.get(m)) else "–"
-            for m in measures
-        ]
-        lines.append("| " + " | ".join([*place, *cells_]) + " |")
+    for reference in study.references:
+        lines += ["", f"Difference to '{reference}' in points, paired by seed (* where Holm's p < 0.05):", ""]
+        compared = compare(study, found, measures, reference)
+        lines += _header([*names, *measures])
+        for place in dict.fromkeys(tuple(c.names.values()) for c in compared):
+            here = {c.measure: c for c in compared if tuple(c.names.values()) == place}
+            lines.append("| " + " | ".join([*place, *(_difference(here.get(m)) for m in measures)]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _difference(c: Comparison | None) -> str:
+    if c is None:
+        return "–"
+    return f"{c.difference.mean:+.1f} ± {c.difference.half_width:.1f}" + ("*" if c.p_holm < 0.05 else "")
 
 
 def _header(columns: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ class Study:
         grid: axes, ``{axis: {name: settings}}``: one run for every combination of names and every seed.
         seeds: of the runs; a comparison pairs runs of one seed.
         split: "validation" to choose settings, "test" to report, once.
-        axis, reference: the names on this axis are compared with this one of them.
+        axis, references: the names on this axis are compared with each of these among them.
         notes: paragraphs for the page: what was tried before, how settings were chosen.
     """
 
@@ -36,13 +36,15 @@ class Study:
     settings: Settings = field(default_factory=dict)
     split: Literal["validation", "test"] = "test"
     axis: str = "method"
-    reference: str = "base"
+    references: tuple[str, ...] = ("base",)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.axis not in self.grid or self.reference not in self.grid[self.axis]:
+        if self.axis not in self.grid or not set(self.references) <= self.grid[self.axis].keys():
             axes = {axis: list(names) for axis, names in self.grid.items()}
-            raise ValueError(f"`reference` should be a name on the grid's axis `{self.axis}`, got '{self.reference}'; the grid has {axes}.")
+            raise ValueError(
+                f"`references` should be names on the grid's axis `{self.axis}`, got {list(self.references)}; the grid has {axes}."
+            )
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise ValueError(f"`seeds` should be different numbers, at least one; got {list(self.seeds)}.")
         if self.split not in ("validation", "test"):
@@ -81,7 +83,8 @@ def load_study(path: str | Path) -> Study:
         keys = sorted(given) if isinstance(given, dict) else type(given).__name__
         raise ValueError(f"{path} should have the keys title, base, grid, seeds, and may have {sorted(known)}; it has {keys}.")
     grid = {axis: {str(name): settings or {} for name, settings in names.items()} for axis, names in given["grid"].items()}
-    return Study(**{**given, "grid": grid, "seeds": tuple(given["seeds"]), "notes": tuple(given.get("notes", ()))})
+    lists = {name: tuple(given[name]) for name in ("seeds", "references", "notes") if name in given}
+    return Study(**{**given, **lists, "grid": grid})
 
 
 def cells(study: Study) -> list[Cell]:

@@ -71,11 +71,26 @@ class Series:
 
 @dataclass(frozen=True)
 class Points:
-    """Points [N, 2] on a plane, coloured by the class of each, [N]; beyond 20 classes colours repeat."""
+    """Points [N, 2] on a plane, coloured by the class of each, [N]; beyond 20 classes colours repeat.
+
+    Without labels the axes have no marks, as those of a map have no meaning.
+    """
 
     title: str
     points: npt.ArrayLike
-    classes: Sequence[int]
+    classes: Sequence[int] | Sequence[str]
+    note: str = ""
+    x_label: str = ""
+    y_label: str = ""
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Means with their intervals, a row for each place and a colour for each series: ``{series: {place: (mean, half width)}}``."""
+
+    title: str
+    series: Mapping[str, Mapping[str, tuple[float, float]]]
+    x_label: str = ""
     note: str = ""
 
 
@@ -90,6 +105,7 @@ class Report:
     matrices: Sequence[Matrix | Series] = ()
     maps: Sequence[Points] = ()
     footnotes: Sequence[str] = ()
+    intervals: Sequence[Intervals] = ()
 
 
 def write(path: str | Path, report: Report) -> Path:
@@ -114,7 +130,8 @@ def write(path: str | Path, report: Report) -> Path:
 
 
 def _page(report: Report) -> str:
-    panels = [_picture(c.title, c.note, _draw_curves(c), f"curves-{i}") for i, c in enumerate(report.curves)]
+    panels = [_picture(c.title, c.note, draw_intervals(c), f"intervals-{i}") for i, c in enumerate(report.intervals)]
+    panels += [_picture(c.title, c.note, _draw_curves(c), f"curves-{i}") for i, c in enumerate(report.curves)]
     matrices = [
         _picture(m.title, m.note, _draw_series(m) if isinstance(m, Series) else _draw_matrix(m), f"matrix-{i}")
         for i, m in enumerate(report.matrices)
@@ -284,10 +301,34 @@ def _draw_points(shown: Points) -> Figure:
             axes.scatter(
                 x, y, s=9, color=colormaps["tab10" if len(names) <= 10 else "tab20"](i % 20), label=str(name), linewidths=0, alpha=0.8
             )
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xlabel=shown.x_label, ylabel=shown.y_label)
+        if not (shown.x_label or shown.y_label):
+            axes.set_xticks([])
+            axes.set_yticks([])
         if len(names) <= 20:
             axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+    return figure
+
+
+def draw_intervals(shown: Intervals) -> Figure:
+    """The picture of :class:`Intervals`: the places from top to bottom, the series side by side, a line at zero."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    places = list(dict.fromkeys(place for values in shown.series.values() for place in values))
+    with rc_context(RC):
+        figure = Figure(figsize=(6.4, 1.1 + 0.19 * len(places) * (len(shown.series) + 1)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0.0, color=INK, linewidth=0.8)
+        for i, (name, values) in enumerate(shown.series.items()):
+            height = [places.index(place) + 0.8 * ((i + 0.5) / len(shown.series) - 0.5) for place in values]
+            means, halves = zip(*values.values(), strict=True) if values else ((), ())
+            axes.errorbar(means, height, xerr=halves, fmt="o", markersize=4, linewidth=1.4, color=LINES[i % len(LINES)], label=name)
+        axes.set_yticks(range(len(places)), places)
+        axes.set_ylim(len(places) - 0.5, -0.5)
+        axes.set_xlabel(shown.x_label)
+        axes.grid(alpha=0.25, axis="x")
+        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
