@@ -95,7 +95,9 @@ def _parser() -> Parser:
     report.add_argument("--out", type=str, default=None, help="the page to write; by default report.html in the first run's folder")
     commands.add_subcommand("report", report, help="a page about runs")
 
-    study = Parser(description="Runs a grid of runs, going on where it stopped, and writes study.html, study.md and runs.jsonl into its folder.")
+    study = Parser(
+        description="Runs a grid of runs, going on where it stopped, and writes study.html, study.md and runs.jsonl into its folder."
+    )
     study.add_argument("file", type=str, help="the study's YAML file")
     study.add_argument("--out", type=str, default=None, help="folder of the runs; by default runs/NAME-OF-THE-FILE")
     study.add_argument("--processes", type=int, default=1, help="runs at a time, each on one core")
