@@ -74,6 +74,16 @@ def test_fine_tuning_learns_and_moves_the_encoder(digits: tuple[Images, Images])
     assert all((found.params["encoder"][name] - value).abs().max() > 1e-3 for name, value in f.params.items())
 
 
+@pytest.mark.parametrize(("num_labels", "steps"), [(60, 200), (700, 219)])  # 20 passes over 700 images in batches of 64
+def test_the_budget_of_fine_tuning_grows_with_the_labels(digits: tuple[Images, Images], num_labels: int, steps: int) -> None:
+    f = metacal.functional(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)))
+    few = digits[0].select(torch.arange(num_labels))
+    default, counted = (
+        fine_tune(f.apply, f.params, few.images, few.labels, few.images, few.labels, **given) for given in ({}, {"steps": steps})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(default.params), tree.leaves(counted.params), strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

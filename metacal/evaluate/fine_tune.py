@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ def fine_tune(
     test: Tensor,
     test_labels: Tensor,
     *,
-    steps: int = 200,
+    steps: int | None = None,
     batch_size: int = 64,
     lr: float = 1e-3,
     seed: int = 0,
@@ -45,9 +46,8 @@ def fine_tune(
     Adam, its rate falling to 0 along a cosine. The head starts at 0 and reads features standardised, as a probe's are, by the mean
     and deviation that the training images have before training (on a briefly trained encoder: 72% instead of 55% on Fashion-MNIST,
     540 labels). Budget and rate are the same for every encoder, and the last step counts, so that nothing is chosen on the test
-    images; 200 steps are few, and 10 times the labels may gain little in them. No augmentation. ``params`` are left as they were;
-    nothing is drawn from torch's generators. Cost: two passes over the images and ``steps`` training steps of ``batch_size`` (all of
-    them where there are fewer).
+    images. No augmentation. ``params`` are left as they were; nothing is drawn from torch's generators. Cost: two passes over the
+    images and ``steps`` training steps of ``batch_size`` (all of them where there are fewer).
 
     Args:
         encode: ``encode(params, x [B, C, H, W]) -> [B, d]``; of a module, ``metacal.functional(module).apply``.
@@ -56,6 +56,7 @@ def fine_tune(
         train_labels: ``[N]``.
         test: ``[N_test, C, H, W]``.
         test_labels: ``[N_test]``.
+        steps: by default 20 passes over the training images, and at least 200 steps, so that more labels are also used more.
 
     Raises:
         ValueError: unlabelled images, a test class without a training image, a single class, images of other channels than ``encode``
@@ -79,8 +80,10 @@ def fine_tune(
             f"{' ...' if len(unknown) > 10 else ''}. Split by class: metacal.data.split_validation or split_per_class."
         )
     for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"`{name}` should be at least 1, got {value}.")
+    if steps is None:
+        steps = max(200, math.ceil(20 * len(y) / batch_size))
     like = tree.leaves(params)[0]
     x, y = train.to(like.device), y.to(like.device)
     before = features(lambda images: encode(params, images.to(like.dtype)), x)
