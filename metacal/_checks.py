@@ -90,7 +90,5 @@ def scalar(name: str, value: Any) -> Tensor:
             "metacal.with_aux(objective)."
         )
     if value.numel() != 1:
-        raise ValueError(
-            f"`{name}` should return a scalar, got a tensor of shape {tuple(value.shape)}. Reduce it: .mean() or .sum()."
-        )
+        raise ValueError(f"`{name}` should return a scalar, got a tensor of shape {tuple(value.shape)}. Reduce it: .mean() or .sum().")
     return value.reshape(())

@@ -1,5 +1,5 @@
 """The command line: `metacal demo`, `metacal pretrain`, `metacal evaluate`, `metacal report`, `metacal study`,
-`metacal methods`."""
+`metacal together`, `metacal methods`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _DESCRIPTION = """Task conflict calibration (TC²) for self-supervised learning,
   metacal evaluate RUN --data mnist,omniglot      judge a run's frozen encoder on other data sets (--scores all: every way)
   metacal report RUN [RUN ...]                    one HTML page about one or several runs
   metacal study benchmarks/studies/transfer.yaml  a grid of runs over methods and seeds, with paired tests, as one page
+  metacal together tc2_digits --seeds 1 2 3       several seeds of one configuration in one process, side by side
   metacal methods                                 every hypergradient method: what it estimates, its bias, cost and memory
 
 Any setting can be given after the configuration: --tc2.reading lookahead --objective VICReg --objective.variance 10
@@ -42,7 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given[1:2] = ["--config", str(find(given[1], parser))]
     parsed = parser.parse_args(given)
     command = parsed["subcommand"]
-    commands = {"demo": _demo, "pretrain": _pretrain, "evaluate": _evaluate, "report": _report, "study": _study, "methods": _methods}
+    commands = {
+        "demo": _demo,
+        "pretrain": _pretrain,
+        "evaluate": _evaluate,
+        "report": _report,
+        "study": _study,
+        "together": _together,
+        "methods": _methods,
+    }
     try:
         commands[command](parser, parsed)
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, ArithmeticError, RuntimeError, ImportError) as error:
@@ -96,13 +105,23 @@ def _parser() -> Parser:
     commands.add_subcommand("report", report, help="a page about runs")
 
     study = Parser(
-        description="Runs a grid of runs, going on where it stopped, and writes study.html, study.md and runs.jsonl into its folder."
+        description="Runs a grid of runs, going on where it stopped, and writes study.html, .md, .png and runs.jsonl into its folder."
     )
     study.add_argument("file", type=str, help="the study's YAML file")
     study.add_argument("--out", type=str, default=None, help="folder of the runs; by default runs/NAME-OF-THE-FILE")
     study.add_argument("--processes", type=int, default=1, help="runs at a time, each on one core")
     study.add_argument("--progress", type=bool, default=True, help="show a progress bar")
     commands.add_subcommand("study", study, help="a grid of runs and what it shows")
+
+    together = Parser(
+        description="Trains one configuration with several seeds in one process, under vmap, and leaves a run's folder for each. Goes on "
+        "where it stopped."
+    )
+    together.add_argument("settings", type=str, help="a packaged configuration's name, or the path of a YAML file")
+    together.add_argument("--seeds", type=int, nargs="+", required=True, help="different numbers, each the seed of one run")
+    together.add_argument("--out", type=str | None, default=None, help="folder of the folders seedS; by default runs/DATA-READING")
+    together.add_argument("--progress", type=bool, default=True, help="show a progress bar")
+    commands.add_subcommand("together", together, help="several seeds of one configuration, trained together")
 
     methods = Parser(description="Prints the table of hypergradient methods, or writes it between the methods-table markers of pages.")
     methods.add_argument("--write", type=str, nargs="*", default=[], help="Markdown pages")
@@ -191,6 +210,7 @@ def _study(parser: Parser, parsed: Namespace) -> None:
     out = Path(given["out"] or Path("runs") / Path(given["file"]).stem)
     failed = study.run(plan, out, processes=given["processes"], progress=given["progress"])
     study.write_records(plan, out)
+    study.picture(plan, out)
     table = study.markdown(plan, out)
     (out / "study.md").write_text(table, encoding="utf-8")
     print(f"{table}\nWrote {study.page(plan, out)}")
@@ -198,6 +218,18 @@ def _study(parser: Parser, parsed: Namespace) -> None:
         raise RuntimeError(
             f"{len(failed)} runs failed; the first one's reason is in {out / failed[0].path / 'log.txt'}. Repeat to try again."
         )
+
+
+def _together(parser: Parser, parsed: Namespace) -> None:
+    from metacal.study.together import pretrain_together
+    from metacal.train.settings import find, load_config
+    from metacal.train.summary import print_scores
+
+    given = parsed["together"]
+    config = load_config(find(given["settings"], parser))
+    folder = Path(given["out"] or f"runs/{config.data.name}-{config.tc2.reading}")
+    results = pretrain_together(config, given["seeds"], folder, progress=given["progress"])
+    print_scores({str(folder / f"seed{seed}"): found["scores"] for seed, found in results.items()})
 
 
 def _methods(parser: Parser, parsed: Namespace) -> None:

@@ -146,6 +146,9 @@ def test_findings_and_comparisons_are_those_of_the_runs(tmp_path: Path) -> None:
     assert math.isclose(c.difference.mean, sum(differences) / 2, abs_tol=1e-12)
     assert c.num_seeds == 2
     assert c.p_holm == c.p
+    drawn = study.picture(plan, tmp_path)
+    assert drawn is not None
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     assert "4 of 4 runs" in study.page(plan, tmp_path).read_text(encoding="utf-8")
 
 
@@ -186,6 +189,7 @@ def test_transfer_is_judged_without_the_set_that_was_trained_on(tmp_path: Path) 
     assert found.values[study.TRANSFER] == {3: 37.5}
     assert study.scores([found])[0] == study.TRANSFER
     (record,) = map(json.loads, study.write_records(plan, tmp_path).read_text(encoding="utf-8").splitlines())
+    assert study.picture(plan, tmp_path) is None  # one method alone
     assert (record["run"], record["method"], record["seed"], record["results"]) == ("base/seed3", "base", 3, results)
     assert record["settings"]["data"] == {"name": "digits"}
 
@@ -222,7 +226,7 @@ def test_the_page_draws_the_differences_to_every_reference(tmp_path: Path) -> No
         for o in ("SimCLR", "VICReg")
         for m, first in (("base", 50.0), ("TC² (paper)", 53.0))
     ]
-    forward, backward = (study.differences(plan, found, name) for name in plan.references)
+    forward, backward = (study.differences(plan, found, name, study.TRANSFER) for name in plan.references)
     assert forward.series.keys() == {"TC² (paper)"}
     assert forward.series["TC² (paper)"].keys() == {"SimCLR", "VICReg"}
     mean, half = forward.series["TC² (paper)"]["VICReg"]

@@ -10,6 +10,7 @@ from metacal.study.analysis import findings as findings
 from metacal.study.page import differences as differences
 from metacal.study.page import markdown as markdown
 from metacal.study.page import page as page
+from metacal.study.page import picture as picture
 from metacal.study.page import scores as scores
 from metacal.study.plan import Cell as Cell
 from metacal.study.plan import Study as Study

@@ -72,7 +72,8 @@ def _measures(results: Mapping[str, Any], trained_on: str) -> dict[str, float]:
     found |= {f"{data} {score}": 100 * by[score] for data, by in scores.items() for score in ("probe", "knn") if score in by}
     found |= {f"{data} RankMe": by["rank_me"] for data, by in scores.items() if "rank_me" in by}
     found |= {name: value for name, value in results.get("measured", {}).items() if value == value}
-    found["seconds per step"] = results["seconds_per_step"]
+    if results["seconds_per_step"] is not None:  # a run that was killed while it was judged has timed no step since
+        found["seconds per step"] = results["seconds_per_step"]
     found["encoder images"] = float(results["images_per_step"] * results["steps"])
     return found
 

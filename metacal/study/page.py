@@ -9,6 +9,7 @@ from metacal.study.analysis import TRANSFER, Comparison, Correlation, Finding, c
 from metacal.study.plan import Study, cells
 from metacal.study.runner import finished
 from metacal.train import report
+from metacal.train._files import replacing
 from metacal.train.report import Cell, Intervals, Points, Report, Table
 from metacal.train.summary import read_results
 
@@ -33,8 +34,8 @@ def scores(found: Sequence[Finding]) -> list[str]:
     return list(dict.fromkeys(m for f in found for m in f.values if m.endswith((" probe", " knn"))))
 
 
-def differences(study: Study, found: Sequence[Finding], reference: str, measure: str = TRANSFER) -> Intervals:
-    """The picture of a study: every method's paired difference to one of them in one measure, at every place of the grid."""
+def differences(study: Study, found: Sequence[Finding], reference: str, measure: str) -> Intervals:
+    """Every method's paired difference to one of them in one measure, at every place of the grid."""
     series: dict[str, dict[str, tuple[float, float]]] = {}
     for c in compare(study, found, [measure], reference):
         place = ", ".join(name for axis, name in c.names.items() if axis != study.axis) or measure
@@ -75,7 +76,9 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
         )
         for reference in study.references
     ]
-    correlated = [c for x in _CONFLICT[:2] if (c := correlate(study, found, x, TRANSFER)) is not None]
+    judged_by = scores(found)[:1]
+    correlated = [c for x in _CONFLICT[:2] for y in judged_by if (c := correlate(study, found, x, y)) is not None]
+    drawn = [differences(study, found, reference, score) for reference in study.references for score in judged_by]
     footnotes = [
         *study.notes,
         *(f"{cell.path}: not finished" for cell in missing),
@@ -85,7 +88,7 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
         study.title,
         intro,
         tables,
-        intervals=[picture for reference in study.references if (picture := differences(study, found, reference)).series],
+        intervals=[panel for panel in drawn if panel.series],
         maps=[_scatter(c) for c in correlated],
         footnotes=footnotes,
     )
@@ -99,6 +102,17 @@ def _row(f: Finding, measures: Sequence[str]) -> dict[str, Cell]:
         values = list(f.values.get(measure, {}).values())
         row[measure] = tuple(interval) if interval is not None else values[0] if values else None  # type: ignore[assignment]
     return row
+
+
+def picture(study: Study, out: str | Path) -> Path | None:
+    """Writes ``study.png``, the differences to the first reference in the first score; None without any."""
+    found = findings(study, out)
+    shown = differences(study, found, study.references[0], (scores(found) or [TRANSFER])[0])
+    if not shown.series:
+        return None
+    with replacing(Path(out) / "study.png") as file:
+        report.draw_intervals(shown).savefig(file, format="png", dpi=130, facecolor="white")
+    return Path(out) / "study.png"
 
 
 def _scatter(c: Correlation) -> Points:

@@ -26,6 +26,7 @@ class Study:
         split: "validation" to choose settings, "test" to report, once.
         axis, references: the names on this axis are compared with each of these among them.
         notes: paragraphs for the page: what was tried before, how settings were chosen.
+        together: train the seeds of one place of the grid in one process, see :func:`metacal.study.together.pretrain_together`.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Study:
     axis: str = "method"
     references: tuple[str, ...] = ("base",)
     notes: tuple[str, ...] = ()
+    together: bool = False
 
     def __post_init__(self) -> None:
         if self.axis not in self.grid or not set(self.references) <= self.grid[self.axis].keys():

@@ -1,8 +1,10 @@
-"""Runs a study in several processes, each run a `metacal pretrain` of its own; what is finished is never run again."""
+"""Runs a study in several processes, each a `metacal pretrain` or, for seeds together, a `metacal together`; what is finished is never
+run again."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metacal.study.plan import Cell, Study, cells
+from metacal.study.together import refuse
 from metacal.train.experiment import RESULTS
 from metacal.train.settings import load_config
 
@@ -20,9 +23,11 @@ def run(study: Study, out: str | Path, *, processes: int = 1, progress: bool = T
     """Runs what is not finished yet; returns the cells that failed, whose ``log.txt`` says why.
 
     Every cell's settings are checked before anything runs. A run that was interrupted goes on from its newest checkpoint. On a CPU
-    a process has one thread: ``processes`` is how many cores are used.
+    a process has one thread: ``processes`` is how many cores are used. With ``study.together`` a process trains all unfinished seeds of
+    one place of the grid.
 
-    Errors: settings that are not settings; a folder that holds a finished run of other settings. An unfinished one fails its cell.
+    Errors: settings that are not settings; a folder that holds a finished run of other settings; seeds that cannot be trained together.
+    An unfinished run of other settings fails its cell.
     """
     if processes < 1:
         raise ValueError(f"`processes` should be at least 1, got {processes}.")
@@ -32,19 +37,23 @@ def run(study: Study, out: str | Path, *, processes: int = 1, progress: bool = T
         _write_settings(out, cell)
     waiting = [cell for cell in plan if not finished(out, cell)]
     done, failed = len(plan) - len(waiting), []
-    running: list[tuple[Cell, subprocess.Popen[bytes]]] = []
+    jobs = _together(out, waiting) if study.together else [[cell] for cell in waiting]
+    running: list[tuple[list[Cell], subprocess.Popen[bytes]]] = []
     bar = _bar(len(plan), done, progress)
     try:
-        while waiting or running:
-            while waiting and len(running) < processes:
-                cell = waiting.pop(0)
-                running.append((cell, _start(out, cell)))
+        while jobs or running:
+            while jobs and len(running) < processes:
+                job = jobs.pop(0)
+                running.append((job, _start(out, job)))
             time.sleep(_POLL_SECONDS)
-            for cell, process in [(c, p) for c, p in running if p.poll() is not None]:
-                running.remove((cell, process))
-                if not finished(out, cell):
-                    failed.append(cell)
-                bar.update(1)
+            for job, process in [(j, p) for j, p in running if p.poll() is not None]:
+                running.remove((job, process))
+                for cell in job:
+                    if not finished(out, cell):
+                        failed.append(cell)
+                        if cell is not job[0]:  # they wrote into one log
+                            shutil.copyfile(_log(out, job[0]), _log(out, cell))
+                bar.update(len(job))
     finally:
         bar.close()
         _stop([process for _, process in running])
@@ -77,14 +86,35 @@ def _write_settings(out: Path, cell: Cell) -> None:
     load_config(path)  # complains now, and not after hours
 
 
-def _start(out: Path, cell: Cell) -> subprocess.Popen[bytes]:
-    folder = out / cell.path
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "metacal", "pretrain", str(settings_file(out, cell)), "--out", str(folder)]
-    command += ["--resume", "--progress", "false"]
-    with (folder / "log.txt").open("ab") as log:
+def _together(out: Path, waiting: Sequence[Cell]) -> list[list[Cell]]:
+    """The seeds of every place of the grid, in the order of their first ones."""
+    jobs: dict[Path, list[Cell]] = {}
+    for cell in waiting:
+        jobs.setdefault(cell.path.parent, []).append(cell)
+    for place, job in jobs.items():
+        try:
+            refuse(load_config(settings_file(out, job[0])))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+    return list(jobs.values())
+
+
+def _start(out: Path, job: Sequence[Cell]) -> subprocess.Popen[bytes]:
+    for cell in job:
+        (out / cell.path).mkdir(parents=True, exist_ok=True)
+    settings, folder = str(settings_file(out, job[0])), out / job[0].path
+    if len(job) == 1:
+        arguments = ["pretrain", settings, "--out", str(folder), "--resume"]
+    else:
+        arguments = ["together", settings, "--seeds", *(str(cell.seed) for cell in job), "--out", str(folder.parent)]
+    command = [sys.executable, "-m", "metacal", *arguments, "--progress", "false"]
+    with _log(out, job[0]).open("ab") as log:
         # More than one thread per process makes processes wait for each other.
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _log(out: Path, cell: Cell) -> Path:
+    return out / cell.path / "log.txt"
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

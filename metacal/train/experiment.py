@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,16 +82,22 @@ def build(config: Config, channels: int, adapt: Callable[[Network], Network] = l
         deal="clusters" if isinstance(c.tasks, Clusters) else "given" if isinstance(c.tasks, Domains | Augmentations) else "random",
         statistics="batch" if n.norm == "shared" else "task",
     )
-    outer, calibrator_outer = optim.adam(t.lr), optim.adam(c.calibrator_lr)
+    return problem, training_method(config, problem)
+
+
+def training_method(config: Config, problem: Problem) -> Method:
+    """How a configuration trains a problem."""
+    c = config.tc2
+    outer, calibrator_outer = optim.adam(config.train.lr), optim.adam(c.calibrator_lr)
     calibration = stable(c.lambda_s, c.lambda_1) if c.form == "stable" else literal(c.lambda_s)
     if c.reading in ("base", "matched"):
-        return problem, base(problem, outer)
+        return base(problem, outer)
     if c.reading in ("pcgrad", "upgrad"):
-        return problem, project_conflicts(problem, outer, pcgrad if c.reading == "pcgrad" else upgrad)
+        return project_conflicts(problem, outer, pcgrad if c.reading == "pcgrad" else upgrad)
     if c.reading == "lookahead":
         stages: dict[str, Any] = {"calibration": calibration, "encoder_stage": c.encoder_stage, "warmup": c.warmup}
-        return problem, lookahead(problem, outer, calibrator_outer, **stages)
-    return problem, paper(
+        return lookahead(problem, outer, calibrator_outer, **stages)
+    return paper(
         problem,
         outer,
         calibrator_outer,
@@ -104,6 +110,54 @@ def build(config: Config, channels: int, adapt: Callable[[Network], Network] = l
     )
 
 
+class Prepared(NamedTuple):
+    """A run before its first iteration; torch's default generators stand where that iteration draws from them.
+
+    Attributes:
+        problem, method, state: what is trained, how, and from where.
+        sample: ``sample(t)``: the views [N, m, C, H, W] of iteration t.
+        measured: ``measured(state, t)``: conflict and transfer on a batch that iteration t might have had.
+        monitors: ``monitors(state, t)``: what the log holds of the state after iteration t, besides the step's own metrics; mostly {}.
+    """
+
+    problem: Problem
+    method: Method
+    state: MethodState
+    sample: Callable[..., Tensor]
+    measured: Callable[[MethodState, int], Measurement]
+    monitors: Callable[[MethodState, int], dict[str, Tensor]]
+
+
+def prepare(config: Config) -> Prepared:
+    """Sets a run up: seeds the default generators, reads the images, and draws the networks.
+
+    Errors: a data set that is not there; a batch that does not split into tasks.
+    """
+    device = resolve_device(config.device)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    seed_everything(config.seed)
+    images = training_images(config)
+    problem, method = build(config, images.images.shape[1])
+    state = _on(device, method.init())
+    sample = _sampler(config, images.to(device))
+    every = config.train.measure_every
+    watched = _watched(config).to(device) if config.evaluate.online else None
+
+    def measured(state: MethodState, t: int) -> Measurement:
+        # Its own draws, so that measuring leaves the run as it would have been; at least 4 views, for support and query pairs.
+        with _own_draws(device, config.seed):
+            return measure(problem, state, sample(t, max(4, config.tc2.num_views)), lr=config.tc2.encoder_stage.lr)
+
+    def monitors(state: MethodState, t: int) -> dict[str, Tensor]:
+        if not every or (t + 1) % every:
+            return {}
+        found = measured(state, t)
+        return {**found.scalars, **_pairs(found.cosines), **(online(problem, state, watched) if watched is not None else {})}
+
+    return Prepared(problem, method, state, sample, measured, monitors)
+
+
 def pretrain(config: Config, folder: str | Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """Trains an encoder as ``config`` says, judges it, and leaves everything in ``folder``.
 
@@ -114,47 +168,38 @@ def pretrain(config: Config, folder: str | Path, *, resume: bool = False, progre
     """
     folder = Path(folder)
     device = resolve_device(config.device)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    seed_everything(config.seed)
-    images = training_images(config)
-    problem, method = build(config, images.images.shape[1])
-    state = _on(device, method.init())
-    sample = _sampler(config, images.to(device))
+    run = prepare(config)
     seconds: list[float] = []
-    every = config.train.measure_every
-    watched = _watched(config).to(device) if config.evaluate.online else None
 
     def step(state: MethodState, t: int) -> tuple[MethodState, dict[str, Tensor]]:
-        x = sample(t)
+        x = run.sample(t)
         started = time.perf_counter()
-        state, metrics = method.step(state, x)
-        _wait(device)
+        state, metrics = run.method.step(state, x)
+        wait(device)
         seconds.append(time.perf_counter() - started)
-        if every and (t + 1) % every == 0:
-            found = measured(state, t)
-            metrics = {**metrics, **found.scalars, **_pairs(found.cosines)}
-            if watched is not None:
-                metrics |= online(problem, state, watched)
-        return state, metrics
+        return state, {**metrics, **run.monitors(state, t)}
 
-    def measured(state: MethodState, t: int) -> Measurement:
-        # Its own draws, so that measuring leaves the run as it would have been; at least 4 views, for support and query pairs.
-        with _own_draws(device, config.seed):
-            return measure(problem, state, sample(t, max(4, config.tc2.num_views)), lr=config.tc2.encoder_stage.lr)
-
-    _write_settings(folder, config, resume)
+    write_settings(folder, config, resume)
     write_environment(folder, seed=config.seed, device=str(device))
     planned = _planned(config, folder, resume)
     t, steps = config.train, planned["steps"]
-    state = fit(step, state, steps, folder, checkpoint_every=t.checkpoint_every, log_every=t.log_every, resume=resume, progress=progress)
-    last = _mean_measurement([measured(state, steps + i) for i in range(t.measure_batches)])
+    state = fit(
+        step,
+        run.state,
+        steps,
+        folder,
+        checkpoint_every=t.checkpoint_every,
+        log_every=t.log_every,
+        resume=resume,
+        progress=progress,
+    )
+    last = _mean_measurement([run.measured(state, steps + i) for i in range(t.measure_batches)])
     results = {
         "cosines": last.cosines.tolist(),
         "transfer": last.transfer.tolist(),
         "measured": {name: float(value) for name, value in last.scalars.items()},
-        **planned,
         "seconds_per_step": median(seconds) if seconds else None,
+        **planned,
         "images_per_step": images_per_step(config),
         "scores": judge(config, state, config.evaluate),
     }
@@ -261,7 +306,7 @@ def seconds_per_iteration(configs: Mapping[str, Config], repeats: int = 7) -> di
         for name, trial in trials.items():
             started = time.perf_counter()
             trial()
-            _wait(resolve_device(configs[name].device))
+            wait(resolve_device(configs[name].device))
             seconds[name].append(time.perf_counter() - started)
     return {name: median(found) for name, found in seconds.items()}
 
@@ -333,7 +378,8 @@ def _encoder(n: NetworkConfig, channels: int) -> nn.Module:
     return ResNet18(channels)
 
 
-def _write_settings(folder: Path, config: Config, resume: bool) -> None:
+def write_settings(folder: Path, config: Config, resume: bool) -> None:
+    """Writes config.yaml; refuses a folder that holds a run, or with ``resume`` one of other settings."""
     path, text = folder / "config.yaml", to_yaml(config)
     if not resume:
         refuse_existing(folder)
@@ -424,6 +470,7 @@ def _own_draws(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Returns when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,0 +1,135 @@
+"""``python -m benchmarks [tiny|small|full]``: measures, and writes ``results.jsonl`` and ``report.html``.
+
+``python -m benchmarks report --out DIR`` writes the report of results that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks import cleaning, few_shot_tasks, report, scaling
+from benchmarks.measure import Row, interleaved, matmul_rate, measure, spread
+from benchmarks.methods import METHODS, Method
+from benchmarks.peers import peers
+from benchmarks.problem import Size, to
+from benchmarks.problems import PROBLEMS, tc2
+from metacal.diagnostics import peak_bytes
+from metacal.train.environment import describe, resolve_device
+
+PARTS = ("hypergradients", "scaling", "tasks", "tc2", "cleaning")
+PEERS = ("higher", "betty-ml", "jax", "jaxopt", "optax")
+ROUNDS: dict[Size, int] = {"tiny": 1, "small": 5, "full": 15}
+BUDGETS: dict[Size, float] = {"tiny": 0.0, "small": 15.0, "full": math.inf}
+"""Seconds of timed rounds per problem, after which three are enough."""
+CLEANING: dict[Size, tuple[tuple[str, float], ...]] = {
+    "tiny": (("mnist", 0.5),),
+    "small": (("mnist", 0.5),),
+    "full": tuple((name, corruption) for name in ("mnist", "fashion_mnist") for corruption in (0.5, 0.7, 0.9)),
+}
+NUM_TASKS: dict[Size, int] = {"tiny": 2, "small": 32, "full": 32}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("tiny", "small", "full", "report"), default="small")
+    parser.add_argument("--out", type=Path, help="folder of the results; by default a new one under runs/")
+    names = f"problems ({', '.join(PROBLEMS)}) or parts ({', '.join(PARTS)})"
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=names)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    args = parser.parse_args(arguments)
+    unknown = [name for name in args.only if name not in PROBLEMS and name not in PARTS]
+    if unknown:
+        parser.error(f"`--only` should name problems or parts; {unknown[0]} is none of {', '.join((*PROBLEMS, *PARTS))}.")
+    if args.what == "report":
+        if args.out is None:
+            parser.error("`report` wants --out, the folder with the results.")
+        print(report.write(args.out, report.read(args.out)))
+        return
+    folder = args.out or Path("runs") / f"benchmarks-{datetime.now():%Y%m%d-%H%M%S}"
+    if (folder / report.RESULTS).exists():
+        parser.error(f"{folder} has results already. Choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    results: list[Row] = []
+    began = time.perf_counter()
+    methods = [*METHODS.values(), *peers().values()]
+    gc.freeze()  # what the imports made: collecting between calls would look through it each time
+    with (folder / report.RESULTS).open("w", encoding="utf-8") as file:
+        for row in run(methods, args.what, args.only, resolve_device(args.device)):
+            row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+            results.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    gc.unfreeze()
+    print("\n" + report.printed_targets(results))
+    print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes. {report.write(folder, results)}")
+
+
+def run(methods: list[Method], size: Size, only: list[str], device: torch.device) -> Iterator[Row]:
+    """All rows of a run, the environment first; prints as it goes."""
+    yield {"table": "environment", "size": size, **_environment(device)}
+    if device.type == "cuda":
+        yield {"table": "roofline", "flops_per_second": matmul_rate(device)}
+    for key, problem in PROBLEMS.items():
+        wanted = key in only or "hypergradients" in only if only else problem.small or size == "full"
+        if wanted:
+            yield from _shown(key, ({"table": "hypergradients", "key": key, **row} for row in _measured(key, methods, size, device)))
+    parts: dict[str, Callable[[], Iterator[Row]]] = {
+        "scaling": lambda: scaling.scaling(methods, size, device),
+        "tasks": lambda: few_shot_tasks.throughput(NUM_TASKS[size], methods, size, device, rounds=ROUNDS[size]),
+        "tc2": lambda: _tc2_steps(size, device),
+        "cleaning": lambda: (row for name, share in CLEANING[size] for row in cleaning.run(name, share, methods, size, device)),
+    }
+    for part, rows in parts.items():
+        if not only or part in only:
+            yield from _shown(part, ({"table": part, **row} for row in rows()))
+
+
+def _measured(key: str, methods: list[Method], size: Size, device: torch.device) -> Iterator[Row]:
+    problem = to(PROBLEMS[key].make(size), device)
+    return measure(problem, methods, rounds=ROUNDS[size], budget=BUDGETS[size])
+
+
+def _tc2_steps(size: Size, device: torch.device) -> Iterator[Row]:
+    steps = tc2.steps(size, device)
+    for step in steps.values():
+        step()
+    for name, seconds in interleaved(steps, rounds=4 * ROUNDS[size], device=device).items():
+        peak = peak_bytes(steps[name], device)
+        yield {"problem": "SimCLR", "method": name, "library": "metacal", "peak_bytes": peak, **spread(seconds)}
+
+
+def _shown(title: str, rows: Iterator[Row]) -> Iterator[Row]:
+    began, kept = time.perf_counter(), []
+    for row in rows:
+        kept.append(row)
+        yield row
+    print(f"\n{title} ({time.perf_counter() - began:.0f} s)\n")
+    if title == "cleaning":
+        kept = list({row["method"]: row for row in kept}.values())
+    print(report.printed(kept), flush=True)
+    if kept and kept[0]["table"] == "hypergradients":
+        print("\n" + report.conclusion(kept), flush=True)
+
+
+def _environment(device: torch.device) -> Row:
+    described = describe(device=device)
+    for name in PEERS:
+        try:
+            described["packages"][name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            described["packages"][name] = None
+    return described
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What a call costs and how far its result is from the truth: one row per method and problem."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import metacal
+from benchmarks.methods import Method, Unsupported
+from benchmarks.problem import Problem, astype
+from metacal import tree
+from metacal._typing import Tree
+from metacal.adjoints import Unrolled
+from metacal.diagnostics import peak_bytes, work
+from metacal.diagnostics.check import cosine, relative_error
+
+Row = dict[str, Any]
+"""A line of results: strings and numbers, None where something was not measured."""
+
+
+def oracle(problem: Problem) -> Tree:
+    """The exact hypergradient of the T steps, in float64, by a double backward of each step."""
+    precise = astype(problem, torch.float64)
+    solver = metacal.descent(precise.inner, precise.rule.ours())
+    exact = metacal.hypergradient(precise.outer, solver, Unrolled(mode="reverse"))
+    return exact(solver.init(precise.params, precise.hparams), precise.hparams, precise.batches, precise.outer_batch).hparams
+
+
+def error(found: Tree, truth: Tree) -> tuple[float, float]:
+    """The distance to the truth over its norm, and the cosine of the angle between them."""
+    truth = tree.map(lambda t, f: t.to(f.device), truth, found)
+    return relative_error(found, truth), cosine(found, truth)
+
+
+def plain_steps(problem: Problem) -> Callable[[], None]:
+    """The T inner steps alone, as one trains without a hypergradient: torch.optim, all tensors at once where it can (foreach)."""
+    rule = problem.rule
+
+    def call() -> None:
+        params = {name: w.clone().requires_grad_() for name, w in problem.params.items()}
+        optimizer: torch.optim.Optimizer
+        if rule.kind == "adam":
+            optimizer = torch.optim.Adam(params.values(), rule.lr, foreach=True)
+        else:
+            optimizer = torch.optim.SGD(params.values(), rule.lr, momentum=rule.momentum, foreach=True)
+        for batch in problem.batches:
+            optimizer.zero_grad()
+            problem.inner(params, problem.hparams, batch).backward()
+            optimizer.step()
+
+    return call
+
+
+def one_step(problem: Problem) -> Callable[[], None]:
+    """One plain gradient on the first batch: the unit of work."""
+
+    def call() -> None:
+        params = {name: w.clone().requires_grad_() for name, w in problem.params.items()}
+        problem.inner(params, problem.hparams, problem.batches[0]).backward()
+
+    return call
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device | str = "cpu", budget: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of every call, in rounds A B C A B C ..., so that a machine that slows down does so for all.
+
+    The calls should have run before. After three rounds there are no more once ``budget`` seconds are spent. Garbage is collected
+    between calls and not during them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - began > budget:
+            break
+        for name, call in calls.items():
+            with _no_collection():
+                _wait(device)
+                start = time.perf_counter()
+                call()
+                _wait(device)
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(seconds: list[float]) -> Row:
+    """Median, quartiles and the number of runs."""
+    if not seconds:
+        return {"seconds": None, "seconds_q25": None, "seconds_q75": None, "rounds": 0}
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    return {"seconds": middle, "seconds_q25": low, "seconds_q75": high, "rounds": len(seconds)}
+
+
+def measure(
+    problem: Problem, methods: Iterable[Method], *, rounds: int = 5, budget: float = math.inf, judged: bool = True
+) -> Iterator[Row]:
+    """A row for every method, and one for the plain steps alone; what a method cannot do is a row that says why.
+
+    With ``judged=False`` there is nothing about errors, and nothing is computed for them.
+    """
+    truth, device = oracle(problem) if judged else None, problem.device
+    solution = problem.exact() if judged and problem.exact is not None else None
+    unit = work(one_step(problem))
+    sizes = {"problem": problem.name, "num_steps": problem.num_steps, "step_flops": unit, **_sizes(problem)}
+    rows: dict[str, Row] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    plain = plain_steps(problem)
+    candidates = [(m.name, m.library, m.kind, m.prepare) for m in methods] + [("plain steps", "torch", "limit", lambda _: plain)]
+    for name, library, kind, prepare in candidates:
+        row = rows[name] = {"method": name, "library": library, "kind": kind}
+        try:
+            with _quiet(row):
+                call = prepare(problem)
+                began = time.perf_counter()
+                found = call()
+                row["first_call_seconds"] = time.perf_counter() - began  # with compilation, where there is any
+                if kind != "limit" and judged:
+                    row["relative_error"], row["cosine"] = error(found, truth)
+                    if not math.isfinite(row["relative_error"]):
+                        row["failed"] = "the hypergradient is not finite"
+                    if solution is not None:
+                        row["solution_error"], _ = error(found, solution)
+                del found
+                row |= costs(call, unit, device)
+                calls[name] = call
+        except Unsupported as reason:
+            row["unsupported"] = str(reason)
+        except Exception as failure:
+            row["failed"] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    with _quiet({}):
+        for name, seconds in interleaved(calls, rounds=rounds, device=device, budget=budget).items():
+            rows[name] |= spread(seconds)
+    limit = rows["plain steps"].get("seconds")
+    for row in rows.values():
+        if limit and row.get("seconds"):
+            row["over_plain_steps"] = row["seconds"] / limit
+        yield sizes | row
+
+
+def _sizes(problem: Problem) -> Row:
+    state = problem.rule.ours().init(problem.params)
+    floating = tree.partition(state)[0]
+    return {
+        "num_params": tree.num_elements(problem.params),
+        "num_hparams": tree.num_elements(problem.hparams),
+        "params_bytes": tree.num_bytes(problem.params),
+        "state_bytes": tree.num_bytes((problem.params, floating)),
+    }
+
+
+def matmul_rate(device: torch.device | str, size: int = 4096) -> float:
+    """Floating-point operations per second of a large product in float32: what the roofline is drawn from."""
+    a = torch.ones(size, size, device=device)
+    seconds = interleaved({"product": lambda: a @ a}, rounds=10, device=device)["product"]
+    return 2 * size**3 / min(seconds)
+
+
+def costs(call: Callable[[], Any], unit: int, device: torch.device | str) -> Row:
+    """Peak of allocated bytes, and work in plain training steps; None for a library whose memory and products torch does not see."""
+    gc.collect()
+    peak = peak_bytes(call, device)
+    done = work(call)
+    return {"peak_bytes": peak or None, "work": done / unit if unit and done else None}
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def _quiet(row: Row) -> Iterator[None]:
+    """Keeps the first thing that a method says against its own number."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    if said:
+        row["warning"] = said[0]
+
+
+def _wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

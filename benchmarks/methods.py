@@ -1,0 +1,107 @@
+"""How to compute a hypergradient: this library's methods, one row each. Those of other libraries are in :mod:`benchmarks.peers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import metacal
+from benchmarks.problem import Problem
+from metacal import registry, tree
+from metacal._typing import Tree
+from metacal.adjoints import Adjoint, Unrolled
+
+Kind = Literal["exact", "implicit", "approximate", "first order"]
+
+
+class Unsupported(Exception):
+    """Why a method cannot do a problem: the reason becomes a row of the report."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to a hypergradient.
+
+    Attributes:
+        library: whose it is: "metacal", "higher", "torchopt", "betty", "autograd", "jaxopt" ...
+        kind: "exact" for the steps that were taken; "implicit", for their limit; "approximate": truncated, sketched, differenced;
+            "first order": without second derivatives of the inner objective by its params.
+        prepare: ``prepare(problem)()`` is the hypergradient, a dict like the problem's hparams. ``prepare`` does once what a user
+            would do once (building modules, compiling); the call starts from ``problem.params``, takes the T inner steps, and
+            keeps no graph alive when it returns. Raises :class:`Unsupported`.
+    """
+
+    name: str
+    library: str
+    kind: Kind
+    prepare: Callable[[Problem], Callable[[], Tree]]
+
+
+MAX_TANGENTS, MAX_DENSE = 64, 2000
+
+
+def _prepared(problem: Problem, adjoint: Adjoint, compile: bool | str = False) -> Callable[[], Tree]:
+    solver = metacal.descent(problem.inner, problem.rule.ours(), compile=compile)
+    estimate = metacal.hypergradient(problem.outer, solver, adjoint)
+
+    def call() -> Tree:
+        state = solver.init(problem.params, problem.hparams)
+        return estimate(state, problem.hparams, problem.batches, problem.outer_batch).hparams
+
+    return call
+
+
+def _ours(name: str, kind: Kind, code: str, *, number: int = 20) -> Method:
+    """The row of :mod:`metacal.registry` with that code."""
+    row = registry.method(code)
+
+    def prepare(problem: Problem) -> Callable[[], Tree]:
+        num_params, num_hparams = tree.num_elements(problem.params), tree.num_elements(problem.hparams)
+        if code == "Forward()" and num_hparams > MAX_TANGENTS:
+            raise Unsupported(f"one tangent for each of {num_hparams} hparams")
+        if "Dense" in code and num_params > MAX_DENSE:
+            raise Unsupported(f"a matrix of {num_params} rows")
+        if "Nystroem" in code and num_params < number:
+            raise Unsupported(f"{number} rows of a matrix of {num_params}")
+        return _prepared(problem, row.make(registry.Setting(number=number, step_size=problem.step_size)))
+
+    return Method(name, "metacal", kind, prepare)
+
+
+def _compiled(name: str, adjoint: Adjoint, compile: bool | str = True) -> Method:
+    def prepare(problem: Problem) -> Callable[[], Tree]:
+        if not problem.compile:
+            raise Unsupported("compiling takes longer than all of the problem")
+        if compile == "cuda-graphs" and problem.device.type != "cuda":
+            raise Unsupported("CUDA graphs need a CUDA device")
+        return _prepared(problem, adjoint, compile)
+
+    return Method(name, "metacal", "exact", prepare)
+
+
+_ROWS = (
+    _ours("graph", "exact", 'Unrolled(mode="graph")'),
+    _ours("reverse", "exact", 'Unrolled(mode="reverse")'),
+    _ours("mixed", "exact", "Unrolled()"),
+    _ours("mixed, every state", "exact", "Unrolled(segment=1)"),
+    _ours("auto", "exact", 'Unrolled(mode="auto")'),
+    _ours("mixed, offloaded", "exact", "Unrolled(offload=True)"),
+    _compiled("mixed, compiled", Unrolled()),
+    _compiled("mixed, CUDA graphs", Unrolled(), "cuda-graphs"),
+    _ours("forward", "exact", "Forward()"),
+    _ours("window 10", "approximate", "Unrolled(window=k)", number=10),
+    _ours("forward sketch 8", "approximate", "ForwardSketch(k)", number=8),
+    _ours("finite difference", "approximate", "FiniteDifference(radius, a)"),
+    _ours("SAMA", "approximate", "SAMA(radius)"),
+    _ours("Neumann 20", "implicit", "Implicit(linear.Neumann(K, a))"),
+    _ours("CG 20", "implicit", "Implicit(linear.CG(n))"),
+    _ours("GMRES 20", "implicit", "Implicit(linear.GMRES(n))"),
+    _ours("MINRES 20", "implicit", "Implicit(linear.MINRES(n))"),
+    _ours("Nystroem 20", "implicit", "Implicit(linear.Nystroem(k))"),
+    _ours("dense", "implicit", "Implicit(linear.Dense())"),
+    _ours("T1-T2", "first order", "Implicit(linear.Identity())"),
+    _ours("first order", "first order", "FirstOrder()"),
+)
+
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

@@ -1,0 +1,35 @@
+"""Data distillation: a few learned images on which a network trains to do well on real ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.problem import Problem, Rule, Size
+from benchmarks.problems import data
+from benchmarks.problems.nets import mlp
+from metacal._typing import Tree
+
+DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 20, 4), "small": (64, 500, 30), "full": (256, 5000, 100)}  # hidden, images, T
+
+
+def distillation(size: Size) -> Problem:
+    """One image per class, from noise; their labels are fixed."""
+    hidden, num_images, T = DIMENSIONS[size]
+    split = data.image_split("digits" if size == "tiny" else "mnist", num_images, num_images, 0)
+    features = split.train[0].shape[1]
+    apply, params = mlp([features, hidden, 10])
+
+    def inner(w: Tree, h: Tree, labels: Tensor) -> Tensor:
+        return F.cross_entropy(apply(w, h["images"]), labels)
+
+    def outer(w: Tree, h: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(apply(w, batch[0]), batch[1])
+
+    learned = {"images": 0.5 + 0.25 * torch.randn(10, features, generator=torch.Generator().manual_seed(0))}
+    labels = torch.arange(10)
+    return Problem(
+        f"distillation, {split.title}", inner, outer, params, learned, [labels] * T, split.train, Rule("momentum", 0.02, 0.9),
+        step_size=0.02,
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""How costs grow with the steps, the width, the batch, the hyperparameters and the tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import few_shot_tasks
+from benchmarks.measure import Row, measure
+from benchmarks.methods import Method
+from benchmarks.problem import Problem, Size, to
+from benchmarks.problems.cost import weighted_mlp
+
+MAX_BYTES, MAX_SECONDS = 2e9, 20.0
+"""A point is left out where the one before says that it would take more, or longer in the small suite."""
+
+
+class Axis(NamedTuple):
+    """What grows, with the problem at each value."""
+
+    make: Callable[[int], Problem]
+    values: dict[Size, tuple[int, ...]]
+
+
+AXES: dict[str, Axis] = {
+    "steps": Axis(
+        lambda x: weighted_mlp(x, width=64, batch=32, features=64),
+        {"tiny": (1, 4), "small": (1, 10, 100, 1000), "full": (1, 3, 10, 30, 100, 300, 1000)},
+    ),
+    "width": Axis(
+        lambda x: weighted_mlp(20, width=x, batch=32, features=64),
+        {"tiny": (4, 8), "small": (16, 64, 256), "full": (16, 64, 256, 1024)},
+    ),
+    "batch": Axis(
+        lambda x: weighted_mlp(20, width=64, batch=x, features=64),
+        {"tiny": (1, 4), "small": (1, 32, 1000), "full": (1, 10, 100, 1000, 10_000)},
+    ),
+    "hyperparameters": Axis(
+        lambda x: weighted_mlp(20, width=64, batch=32, features=64, num_weights=x),
+        {"tiny": (2, 8), "small": (10, 1000, 100_000), "full": (1, 10, 100, 1000, 10_000, 100_000, 1_000_000)},
+    ),
+}
+TASKS: dict[Size, tuple[int, ...]] = {"tiny": (1, 2), "small": (1, 8, 32), "full": (1, 2, 4, 8, 16, 32, 64)}
+OURS = ("graph", "reverse", "mixed", "auto", "forward", "CG 20")
+
+
+def chosen(methods: Iterable[Method]) -> list[Method]:
+    """Of all methods those whose growth is worth a line."""
+    return [m for m in methods if (m.name in OURS if m.library == "metacal" else m.kind == "exact")]
+
+
+def scaling(methods: Iterable[Method], size: Size, device: torch.device | str = "cpu", *, rounds: int = 3) -> Iterator[Row]:
+    """A row for every axis, value and method; its ``x`` is the value."""
+    methods = list(methods)
+    for name, axis in AXES.items():
+        left, before = chosen(methods), dict[str, Row]()
+        for x in axis.values[size]:
+            growing = [m for m in left if not _too_much(before.get(m.name), x, size)]
+            for row in measure(to(axis.make(x), device), growing, rounds=rounds, budget=10.0, judged=False):
+                before[row["method"]] = row = {"axis": name, "x": x, **row}
+                yield row
+    for x in TASKS[size]:
+        for row in few_shot_tasks.throughput(x, methods, size, device, rounds=rounds):
+            yield {"axis": "tasks", "x": x, **row}
+
+
+def _too_much(before: Row | None, x: int, size: Size) -> bool:
+    """Whether the next point, with costs in proportion, would go over a limit."""
+    if before is None:
+        return False
+    growth = x / before["x"]
+    peak, seconds = before.get("peak_bytes") or 0, before.get("seconds")
+    if seconds is None:  # it failed
+        return True
+    return peak * growth > MAX_BYTES or (seconds * growth > (MAX_SECONDS if size == "small" else math.inf))
