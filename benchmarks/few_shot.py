@@ -62,7 +62,7 @@ class Training(NamedTuple):
     cpu_seconds: Tensor
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train", help="trains one learner and judges it")
@@ -89,13 +89,15 @@ def main() -> None:
         command.add_argument("--lr", type=float, default=3e-3, help="of the outer Adam, which falls to 0 as a cosine")
         command.add_argument("--tasks", choices=("vmap", "loop"), default="vmap")
         command.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.command(args)
 
 
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     folder = args.out / f"{args.learner}-{args.ways}way-{args.shots}shot-{args.split}-seed{args.seed}"
+    settings = {name: value for name, value in vars(args).items() if name not in ("command", "out", "judge", "judge_steps")}
+    _remember(settings, folder)
     meta, apply, params = build(args)
     parts = characters(args.split)
     drawn = Episodes(parts["train"], args.ways, args.shots, args.queries, rotations=True)
@@ -115,7 +117,9 @@ def train(args: argparse.Namespace) -> None:
     accuracies = judge(args, adapting, apply, state.learner, parts[args.judge])
     mean, half = mean_interval(accuracies)
     results = {
-        **{name: value for name, value in vars(args).items() if name not in ("command", "out")},
+        **settings,
+        "judge": args.judge,
+        "judge_steps": args.judge_steps,
         "accuracy": mean,
         "interval": half,
         "episodes": EPISODES,
@@ -123,6 +127,15 @@ def train(args: argparse.Namespace) -> None:
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     print(json.dumps(results, indent=2))
+
+
+def _remember(settings: dict[str, Any], folder: Path) -> None:
+    """A run goes on with the settings that it began with."""
+    path, text = folder / "settings.json", json.dumps(settings, indent=2)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{path} holds other settings. Repeat the run's own command, or name another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def characters(split: str) -> dict[str, Images]:
@@ -182,9 +195,8 @@ def table(args: argparse.Namespace) -> None:
         r = json.loads(path.read_text(encoding="utf-8"))
         accuracy = f"{100 * r['accuracy']:.2f} ± {100 * r['interval']:.2f}"
         kind = f"{r['ways']} ways, {r['shots']} shot{'s' if r['shots'] > 1 else ''}"
-        lines.append(
-            f"| {r['learner']} | {kind} | {accuracy} | {r['steps']} x {r['num_tasks']} tasks | {r['cpu_minutes']:.0f} | {r['judge']} |"
-        )
+        steps = f"{r['steps']} x {r['num_tasks']} tasks"
+        lines.append(f"| {r['learner']} | {kind} | {accuracy} | {steps} | {r['cpu_minutes']:.0f} | {r['judge']} {r['split']} |")
     print("\n".join(lines))
 
 
