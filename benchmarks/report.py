@@ -50,7 +50,8 @@ def write(folder: str | Path, results: Results) -> Path:
 
 def printed(rows: Sequence[Row]) -> str:
     """The rows of one problem, as they stand on the terminal."""
-    return text_table([_line(row) for row in rows])
+    lines = [_line(row) for row in rows]
+    return text_table([{name: cell[:60] if isinstance(cell, str) else cell for name, cell in line.items()} for line in lines])
 
 
 def printed_targets(results: Results) -> str:
@@ -150,6 +151,8 @@ _COLUMNS: dict[str, Callable[[Row], Any]] = {
     "work": lambda row: row.get("work"),
     "peak MB": lambda row: row["peak_bytes"] / 1e6 if row.get("peak_bytes") else None,
     "tasks per second": lambda row: row.get("tasks_per_second"),
+    "accuracy %": lambda row: 100 * row["accuracy"] if row.get("accuracy") is not None else None,
+    "F1": lambda row: row.get("f1"),
     "remark": lambda row: row.get("unsupported") or row.get("failed") or row.get("warning", "").split(":")[0] or None,
 }
 

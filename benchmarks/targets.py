@@ -76,6 +76,11 @@ def table(results: Results, name: str, **where: object) -> list[Row]:
     return [row for row in results if row.get("table") == name and all(row.get(key) == value for key, value in where.items())]
 
 
+def network(results: Results, key: str) -> list[Row]:
+    """The rows of one of the networks over 50 steps, which the targets are about."""
+    return table(results, "hypergradients", key=key, num_steps=50)
+
+
 def least(rows: Iterable[Row], column: str) -> Row | None:
     """The row with the smallest number in a column."""
     return min((row for row in rows if row.get(column) is not None), key=lambda row: row[column], default=None)
@@ -106,7 +111,7 @@ def ratio(a: Row | None, b: Row | None, column: str) -> Found:
 
 def _over_peer(key: str, column: str, names: Sequence[str], libraries: Sequence[str]) -> Callable[[Results], Found]:
     def find(results: Results) -> Found:
-        rows = table(results, "hypergradients", key=key)
+        rows = network(results, key)
         return ratio(least(ours(rows, *names), column), least(exact_peers(rows, libraries), column), column)
 
     return find
@@ -114,7 +119,7 @@ def _over_peer(key: str, column: str, names: Sequence[str], libraries: Sequence[
 
 def _replay(results: Results, key: str) -> Row | None:
     """The fastest way of replay, among those as lean as the target asks where there are such."""
-    rows = table(results, "hypergradients", key=key)
+    rows = network(results, key)
     leanest = least(exact_peers(rows, (*LIBRARIES, "autograd")), "peak_bytes")
     candidates = [row for row in ours(rows, *REPLAY) if row.get("seconds") is not None and row.get("peak_bytes") is not None]
     lean = [row for row in candidates if leanest and row["peak_bytes"] <= _LEANNESS[key] * leanest["peak_bytes"]]
@@ -125,14 +130,12 @@ _LEANNESS = {"mlp": 1.0, "conv": 1 / 3, "transformer": 1 / 3}
 
 
 def _replay_over_peer(key: str, column: str, libraries: Sequence[str]) -> Callable[[Results], Found]:
-    return lambda results: ratio(
-        _replay(results, key), least(exact_peers(table(results, "hypergradients", key=key), libraries), column), column
-    )
+    return lambda results: ratio(_replay(results, key), least(exact_peers(network(results, key), libraries), column), column)
 
 
 def _auto(key: str) -> Callable[[Results], Found]:
     def find(results: Results) -> Found:
-        rows = table(results, "hypergradients", key=key)
+        rows = network(results, key)
         return ratio(least(ours(rows, "auto"), "peak_bytes"), least(ours(rows, "graph", "mixed"), "peak_bytes"), "peak_bytes")
 
     return find
@@ -167,14 +170,14 @@ def _same_memory(results: Results) -> Found:
 
 def _over_plain_steps(key: str, pick: Callable[[Results], Row | None]) -> Callable[[Results], Found]:
     def find(results: Results) -> Found:
-        row, plain = pick(results), least(table(results, "hypergradients", key=key, method="plain steps"), "seconds")
+        row, plain = pick(results), least((r for r in network(results, key) if r["kind"] == "limit"), "seconds")
         return ratio(row, plain, "seconds")
 
     return find
 
 
 def _graph(key: str) -> Callable[[Results], Row | None]:
-    return lambda results: least(ours(table(results, "hypergradients", key=key), "graph"), "seconds")
+    return lambda results: least(ours(network(results, key), "graph"), "seconds")
 
 
 def _roofline(key: str) -> Callable[[Results], Found]:
@@ -182,7 +185,7 @@ def _roofline(key: str) -> Callable[[Results], Found]:
 
     def find(results: Results) -> Found:
         rates = [row["flops_per_second"] for row in table(results, "roofline")]
-        row = least(ours(table(results, "hypergradients", key=key), "graph", *REPLAY), "seconds")
+        row = least(ours(network(results, key), "graph", *REPLAY), "seconds")
         if not rates or row is None or not row.get("work"):
             return Found(None)
         return Found(row["seconds"] * rates[0] / (row["work"] * row["step_flops"]), row["method"])
@@ -227,8 +230,8 @@ _CONVEX = ("quadratic", "ridge", "logistic")
 
 
 def _tasks(results: Results) -> Found:
-    rows = table(results, "tasks")
-    best = least(ours(rows, "loop, graph", "vmap, mixed", "vmap, reverse"), "seconds")
+    rows = table(results, "tasks", num_tasks=32)
+    best = least(ours(rows, "loop, graph", "vmap, mixed"), "seconds")
     theirs = least((row for row in rows if row["library"] == "higher"), "seconds")
     if best is None or theirs is None:
         return Found(None)
