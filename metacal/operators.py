@@ -72,15 +72,18 @@ def value_and_grad(
     """
     flat, treedef = tree.flatten(primals)
     if transforming():
+        structure: Any = None  # of aux: torch.func takes a None in it for a leaf, and refuses it
 
-        def scalar(leaves: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Any]]:
+        def scalar(leaves: list[Tensor]) -> tuple[Tensor, tuple[Tensor, list[Any]]]:
+            nonlocal structure
             value, aux = fn(*tree.unflatten(treedef, leaves))
             value = _checks.scalar(name, value)
-            return value, (value, aux)
+            aux_leaves, structure = tree.flatten(aux)
+            return value, (value, aux_leaves)
 
         with _differentiable_attention():
-            grads, (value, aux) = _seen_through(torch.func.grad(scalar, has_aux=True), flat)
-        return value, aux, tree.unflatten(treedef, grads)
+            grads, (value, aux_leaves) = _seen_through(torch.func.grad(scalar, has_aux=True), flat)
+        return value, tree.unflatten(structure, aux_leaves), tree.unflatten(treedef, grads)
     keep_graph = attached(primals, constants)
     with torch.enable_grad(), _differentiable_attention():
         inputs = tuple(_alias(x, keep_graph) for x in primals)

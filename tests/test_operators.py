@@ -209,3 +209,16 @@ def test_what_is_computed_under_no_grad_is_a_constant_in_every_mode() -> None:
         assert torch.allclose(found, truth, rtol=1e-12, atol=0), adjoint
     exact = hypergradient(stopped_by_detach, adjoints.Unrolled(mode="graph"))
     assert torch.allclose(hypergradient(stopped_by_no_grad, adjoints.Unrolled()), exact, rtol=1e-12, atol=0)
+
+
+def test_aux_of_value_and_grad_may_hold_none_under_transforms() -> None:
+    def of_one(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, nothing, _ = operators.value_and_grad(lambda w: ((w**2).sum(), None), w)
+        value, aux, (gradient,) = operators.value_and_grad(lambda w: ((w**2).sum(), {"none": None, "w": 3 * w}), w)
+        assert nothing is None
+        assert aux["none"] is None
+        return value, aux["w"], gradient
+
+    w = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
+    for found, expected in zip(torch.func.vmap(of_one)(w), ((w**2).sum(1), 3 * w, 2 * w), strict=True):
+        assert torch.equal(found, expected)

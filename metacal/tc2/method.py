@@ -76,7 +76,7 @@ def base(problem: Problem, optimizer: GradientTransformation) -> Method:
 
     def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
         batch, now = plain.together(views, state.target), replace(plain, carry=state.carry)
-        loss, _, (gradient,) = operators.value_and_grad(lambda theta: (now.loss(theta, {}, nothing, batch), ()), state.theta)
+        loss, _, (gradient,) = operators.value_and_grad(lambda theta: (now.loss(theta, {}, nothing, batch), None), state.theta)
         state = state._replace(carry=now.next_carry(state.theta, {}, nothing, tree.map(lambda x: x[None], batch)))
         theta, theta_opt = descend(optimizer, gradient, state.theta, state.theta_opt)
         return moved(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": loss}

@@ -182,7 +182,7 @@ def lookahead(
         support, query = problem.batch(views, state.target, state.theta)
         state, V, metrics = _calibrated(now, state, support, query, lambda state, r: calibrate(state, support, query, r.Z))
         loss, _, (gradient,) = operators.value_and_grad(
-            lambda theta: (mean_over_tasks(per_task(lambda task: now.loss(theta, state.phi, V, task), support)), ()), state.theta
+            lambda theta: (mean_over_tasks(per_task(lambda task: now.loss(theta, state.phi, V, task), support)), None), state.theta
         )
         carry = now.next_carry(state.theta, state.phi, V, support)
         theta, theta_opt = descend(optimizer, gradient, state.theta, state.theta_opt)
