@@ -17,7 +17,7 @@ import yaml
 
 from metacal import study
 from metacal.cli import main
-from metacal.evaluate.intervals import holm, paired_p_value
+from metacal.evaluate.intervals import holm, paired_interval, paired_p_value
 from metacal.train import report
 from metacal.train.experiment import pretrain
 from metacal.train.settings import load_config
@@ -219,6 +219,23 @@ def test_correlations_are_over_runs_with_the_places_means_taken_off(tmp_path: Pa
     assert study.correlate(plan, found, "x", "unknown") is None
 
 
+def test_the_overall_difference_is_paired_in_the_means_over_the_places(tmp_path: Path) -> None:
+    plan = study.load_study(write(tmp_path, seeds=[1, 2, 3]))
+    values = {
+        ("SimCLR", "base"): {1: 1.0, 2: 2.0, 3: 3.0},
+        ("SimCLR", "TC² (paper)"): {1: 2.0, 2: 3.0, 3: 5.0},  # + 1, 1, 2
+        ("VICReg", "base"): {1: 7.0, 2: 5.0, 3: 6.0},
+        ("VICReg", "TC² (paper)"): {1: 8.0, 2: 8.0, 3: 6.0},  # + 1, 3, 0
+    }
+    found = [study.Finding({"objective": o, "method": m}, {"score": v}, ()) for (o, m), v in values.items()]
+    (name,) = differences = study.overall(plan, found, "score", "base")
+    assert name == "TC² (paper)"
+    assert differences[name] == paired_interval([1.0, 2.0, 1.0], [0.0, 0.0, 0.0])
+    assert study.overall(plan, found[:3], "score", "base") == {}, "one place is missing"
+    drawn = study.differences(plan, found, "base", "score").series[name]
+    assert drawn["mean of all"] == tuple(differences[name])
+
+
 def test_the_page_draws_the_differences_to_every_reference(tmp_path: Path) -> None:
     plan = study.load_study(write(tmp_path, seeds=[1, 2, 3], references=["base", "TC² (paper)"]))
     found = [
@@ -228,7 +245,7 @@ def test_the_page_draws_the_differences_to_every_reference(tmp_path: Path) -> No
     ]
     forward, backward = (study.differences(plan, found, name, study.TRANSFER) for name in plan.references)
     assert forward.series.keys() == {"TC² (paper)"}
-    assert forward.series["TC² (paper)"].keys() == {"SimCLR", "VICReg"}
+    assert forward.series["TC² (paper)"].keys() == {"SimCLR", "VICReg", "mean of all"}
     mean, half = forward.series["TC² (paper)"]["VICReg"]
     assert math.isclose(mean, 1.0)
     assert backward.series["base"]["VICReg"] == (-mean, half)

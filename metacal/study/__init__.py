@@ -7,6 +7,7 @@ from metacal.study.analysis import Finding as Finding
 from metacal.study.analysis import compare as compare
 from metacal.study.analysis import correlate as correlate
 from metacal.study.analysis import findings as findings
+from metacal.study.analysis import overall as overall
 from metacal.study.page import differences as differences
 from metacal.study.page import markdown as markdown
 from metacal.study.page import page as page

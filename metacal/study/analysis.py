@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,25 @@ def compare(study: Study, found: Sequence[Finding], measures: Sequence[str], ref
             c = compared[i]
             compared[i] = Comparison(c.names, c.measure, c.difference, c.num_seeds, c.p, p)
     return compared
+
+
+def overall(study: Study, found: Sequence[Finding], measure: str, reference: str) -> dict[str, Interval]:
+    """Every method's paired difference to ``reference`` in the mean over the places of the other axes, by seed.
+
+    Over the seeds that all of these places have, with both methods (at least two): a method without them is left out.
+    """
+    at: dict[str, list[Mapping[int, float]]] = {}
+    for f in found:
+        at.setdefault(f.names[study.axis], []).append(f.values.get(measure, {}))
+    num_places = math.prod(len(names) for axis, names in study.grid.items() if axis != study.axis)
+    differences = {}
+    for name, places in at.items():
+        both = [*places, *at.get(reference, [])]
+        seeds = sorted(set.intersection(*(set(values) for values in both)))
+        if name != reference and len(both) == 2 * num_places and len(seeds) > 1:
+            means = [[sum(values[seed] for values in of) / num_places for seed in seeds] for of in (places, at[reference])]
+            differences[name] = paired_interval(*means)
+    return differences
 
 
 @dataclass(frozen=True)

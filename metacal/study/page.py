@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from metacal.study.analysis import TRANSFER, Comparison, Correlation, Finding, compare, correlate, findings
+from metacal.study.analysis import TRANSFER, Comparison, Correlation, Finding, compare, correlate, findings, overall
 from metacal.study.plan import Study, cells
 from metacal.study.runner import finished
 from metacal.train import report
@@ -40,6 +40,9 @@ def differences(study: Study, found: Sequence[Finding], reference: str, measure:
     for c in compare(study, found, [measure], reference):
         place = ", ".join(name for axis, name in c.names.items() if axis != study.axis) or measure
         series.setdefault(c.names[study.axis], {})[place] = (c.difference.mean, c.difference.half_width)
+    if len(study.grid) > 1:
+        for name, difference in overall(study, found, measure, reference).items():
+            series[name]["mean of all"] = (difference.mean, difference.half_width)
     return Intervals(
         f"Against '{reference}'",
         series,
@@ -95,15 +98,6 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
     return report.write(path or out / "study.html", shown)
 
 
-def _row(f: Finding, measures: Sequence[str]) -> dict[str, Cell]:
-    row: dict[str, Cell] = {**f.names, "seeds": len(f.folders)}
-    for measure in measures:
-        interval = f.interval(measure)
-        values = list(f.values.get(measure, {}).values())
-        row[measure] = tuple(interval) if interval is not None else values[0] if values else None  # type: ignore[assignment]
-    return row
-
-
 def picture(study: Study, out: str | Path) -> Path | None:
     """Writes ``study.png``, the differences to the first reference in the first score; None without any."""
     found = findings(study, out)
@@ -113,6 +107,15 @@ def picture(study: Study, out: str | Path) -> Path | None:
     with replacing(Path(out) / "study.png") as file:
         report.draw_intervals(shown).savefig(file, format="png", dpi=130, facecolor="white")
     return Path(out) / "study.png"
+
+
+def _row(f: Finding, measures: Sequence[str]) -> dict[str, Cell]:
+    row: dict[str, Cell] = {**f.names, "seeds": len(f.folders)}
+    for measure in measures:
+        interval = f.interval(measure)
+        values = list(f.values.get(measure, {}).values())
+        row[measure] = tuple(interval) if interval is not None else values[0] if values else None  # type: ignore[assignment]
+    return row
 
 
 def _scatter(c: Correlation) -> Points:
