@@ -36,7 +36,7 @@ class Descent(NamedTuple):
     """The parts of a gradient-based step, for the adjoints that take it apart.
 
     ``gradient(params, hparams, batch, carry) -> (grads, carry)``;
-    ``products(params, hparams, batch, carry, d) -> (H_ww d, H_hw d)``, and ``hessian`` with the same arguments ``-> H_ww d``;
+    ``products(params, hparams, batch, carry, d) -> (H_ww d, H_hw d)``, and ``hessian(params, hparams, batch, carry)(d) -> H_ww d``;
     ``update(grads, params, opt_state, hparams) -> (params, opt_state)``, cheap and usually elementwise;
     ``step(state, hparams, batch) -> (state, grads)``, and with what it returns ``pullback(state, grads, hparams, batch, ct) ->
     (ct, d_hparams)``: the transposed Jacobian of the step that began at ``state``, on a :data:`StateCotangent`.
@@ -46,7 +46,7 @@ class Descent(NamedTuple):
     gradient: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
     products: Callable[[Tree, Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
     update: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
-    hessian: Callable[[Tree, Tree, Tree, Tree, Tree], Tree]
+    hessian: Callable[[Tree, Tree, Tree, Tree], Callable[[Tree], Tree]]
     step: Callable[[InnerState, Tree, Tree], tuple[InnerState, Tree]]
     pullback: Callable[[InnerState, Tree, Tree, Tree, StateCotangent], tuple[StateCotangent, Tree]]
 
@@ -138,7 +138,7 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
     >>> metacal.run(solver, state, torch.ones(2), metacal.repeat(None, 2)).params
     tensor([0.7500, 0.7500])
     """
-    loss = _loss(objective, with_carry=carry is not None)
+    loss = replace(_loss(objective, with_carry=carry is not None), compiled=bool(compile))
 
     def gradient(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> tuple[Tree, Tree]:
         return operators.gradient(loss, params, hparams, batch, carry)
@@ -146,8 +146,13 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
     def products(params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree) -> tuple[Tree, Tree]:
         return operators.mixed_products(loss, params, hparams, batch, carry, direction)
 
-    def hessian(params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree) -> Tree:
+    def product(params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree) -> Tree:
         return operators.hessian_product(loss, params, hparams, batch, carry, direction)
+
+    def hessian(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> Callable[[Tree], Tree]:
+        if compile:
+            return lambda direction: product(params, hparams, batch, carry, direction)
+        return operators.hessian(loss, params, hparams, batch, carry)
 
     def update(grads: Tree, params: Tree, opt_state: Tree, hparams: Tree) -> tuple[Tree, Tree]:
         updates, opt_state = optim.resolve(optimizer, hparams).update(grads, opt_state, params=params, inplace=False)
@@ -181,7 +186,7 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
         raise ValueError(_NO_CUDA)
     if compile:
         gradient, step = (_compiled(fn, compile) for fn in (gradient, step))
-        products, hessian, pullback = (_compiled(fn, compile, second_order_of=loss) for fn in (products, hessian, pullback))
+        products, product, pullback = (_compiled(fn, compile, second_order_of=loss) for fn in (products, product, pullback))
 
     def residual(params: Tree, hparams: Tree, batch: Tree) -> Tree:
         return gradient(params, hparams, batch, () if carry is None else carry)[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -119,10 +119,10 @@ def _independent(name: str) -> str:
     )
 
 
-def vjp(fn: Callable[..., Tree], *primals: Tree, constants: Tree = ()) -> tuple[Tree, Callable[[Tree], Any]]:
+def vjp(fn: Callable[..., Tree], *primals: Tree, constants: Tree = (), retain_graph: bool = False) -> tuple[Tree, Callable[[Tree], Any]]:
     """``(fn(*primals), pullback)``: the pullback maps a cotangent of the output to those of the primals, once.
 
-    ``constants`` are what ``fn`` reads besides: the result stays in their graph.
+    ``constants`` are what ``fn`` reads besides: the result stays in their graph. With ``retain_graph`` the pullback may be called again.
     """
     if transforming():
         return func_vjp(fn, *primals)
@@ -139,7 +139,8 @@ def vjp(fn: Callable[..., Tree], *primals: Tree, constants: Tree = ()) -> tuple[
         if pairs and flat:
             ys, cts = zip(*pairs, strict=True)
             with torch.enable_grad():
-                found = torch.autograd.grad(ys, flat, cts, create_graph=create_graph, allow_unused=True)
+                kept = retain_graph or create_graph
+                found = torch.autograd.grad(ys, flat, cts, retain_graph=kept, create_graph=create_graph, allow_unused=True)
         return tree.unflatten(treedef, [torch.zeros_like(x) if g is None else g for g, x in zip(found, flat, strict=True)])
 
     return released(out, keep_graph), pullback
@@ -194,6 +195,7 @@ class Loss:
     fn: Callable[[Tree, Tree, Tree, Tree], tuple[Tensor, Tree]]
     num_chunks: int = 1
     origin: Any = None  # the user's function, if ``fn`` wraps one
+    compiled: bool = False  # products take the way that can be compiled, from the first eager call on
 
     @property
     def code(self) -> Any:
@@ -233,18 +235,36 @@ def gradient(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree) 
 
 
 def mixed_products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree) -> tuple[Tree, Tree]:
-    """``(H_ww d, H_hw d)`` in one forward-over-reverse pass.
+    """``(H_ww d, H_hw d)``, by symmetry of the full Hessian from one pass.
 
-    By symmetry of the full Hessian both are ``jvp((w, h) -> grad_{w,h} L, (d, 0))``. The zero tangent is not materialised:
-    h is a constant of the forward pass. Work: three gradients.
+    A double backward, the pullback of ``(w, h) -> grad_w L`` at d, is what took least time and memory on every network that was
+    measured. Where somebody differentiates it, it is ``jvp((w, h) -> grad_{w,h} L, (d, 0))``, forward over reverse; the zero tangent
+    is not materialised: h is a constant of the forward pass. Work: two to three gradients.
     """
     products: tuple[Tree, Tree] = _products(loss, params, hparams, batch, carry, direction, lambda w: (w, hparams))
     return products
 
 
 def hessian_product(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree) -> Tree:
-    """``H_ww d`` alone: what a linear solver asks for again and again. Work: three gradients."""
+    """``H_ww d`` alone. Work: two to three gradients."""
     return _products(loss, params, hparams, batch, carry, direction, lambda w: (w,))[0]
+
+
+def hessian(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> Callable[[Tree], Tree]:
+    """``d -> H_ww d``, for what asks for it again and again.
+
+    The gradient is recorded once, and each product is a backward pass through it. Work: a gradient, and one to two for each product;
+    memory: its graph, some two of a gradient's, for as long as the function lives. Micro-batches, and what somebody differentiates,
+    take a :func:`hessian_product` each.
+    """
+
+    def afresh(direction: Tree) -> Tree:
+        return hessian_product(loss, params, hparams, batch, carry, direction)
+
+    if loss.num_chunks > 1 or loss.compiled or attached(params, hparams):
+        return afresh
+    pull = vjp(lambda w: _recorded_gradient(loss, w, hparams, batch, carry)[0], params, retain_graph=True)[1]
+    return lambda direction: pull(direction)[0]
 
 
 Variables = Callable[[Tree], tuple[Tree, ...]]
@@ -261,7 +281,11 @@ def _products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree,
         while True:
             engine = _engine(loss, keep_graph)
             try:
-                with torch.enable_grad(), _differentiable_attention(), _watching(loss):
+                with (
+                    torch.enable_grad(),
+                    _differentiable_attention(),
+                    nullcontext() if engine is _reverse_over_reverse else _watching(loss),
+                ):
                     products, moved = engine(loss, params, hparams, piece, carry, direction, variables)
                 if engine is _reverse_over_reverse or loss.fn not in _without_forward_mode:
                     break
@@ -315,7 +339,7 @@ def _average(total: Tree, n: int, like: Tree) -> Tree:
 
 def _engine(loss: Loss, keep_graph: bool) -> Callable[..., tuple[Tree, Tree]]:
     """The cheapest way to a product that is right here and not known to fail."""
-    if not has_forward_mode(loss):
+    if not (keep_graph or loss.compiled) or not has_forward_mode(loss):
         return _reverse_over_reverse
     return _forward_over_reverse if keep_graph or loss.code in _without_plain_dual_numbers else _dual_numbers
 
@@ -401,9 +425,37 @@ def _reverse_over_reverse(
 
     def gradient(w: Tree, *h: Tree) -> Tree:
         nonlocal moved
-        inner_h = h[0] if h else hparams
-        _, moved, (g,) = value_and_grad(lambda w: loss.fn(w, inner_h, piece, carry), w, constants=inner_h)
+        g, moved = _recorded_gradient(loss, w, h[0] if h else hparams, piece, carry)
         return g
 
     _, pull = vjp(gradient, *variables(params), constants=hparams)
     return tuple(pull(direction)), tree.detach(moved)
+
+
+def _recorded_gradient(loss: Loss, w: Tree, h: Tree, piece: Tree, carry: Tree) -> tuple[Tree, Tree]:
+    """``grad_w L`` in a graph of its own, and the carry."""
+    _, moved, (g,) = value_and_grad(lambda w: loss.fn(w, h, piece, carry), w, constants=h)
+    if loss.code not in _twice_differentiable and not transforming():
+        _refuse_once_differentiable(g)
+        _twice_differentiable.add(loss.code)
+    return g, moved
+
+
+_twice_differentiable: WeakSet[Any] = WeakSet()
+
+
+def _refuse_once_differentiable(g: Tree) -> None:
+    # torch raises where a backward pass reaches such a node, but the gradient by given tensors goes around it and is zero.
+    nodes = {leaf.grad_fn for leaf in tree.leaves(g)} - {None}
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "The objective calls a torch.autograd.Function whose backward is marked @once_differentiable: its second derivative, which "
+                "this hypergradient needs, would be zero without a word. Write its backward with differentiable operations and take the "
+                "mark away, or use an adjoint without second derivatives (FiniteDifference, FirstOrder)."
+            )
+        found = {following for following, _ in node.next_functions} - nodes - {None}
+        nodes |= found
+        waiting.extend(found)

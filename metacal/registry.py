@@ -134,14 +134,14 @@ _BOTH, _H = "hparams, initial params", "hparams"
 _UNROLLED = (
     Method(
         "Unrolled()", "exact", lambda s: adjoints.Unrolled(), _BOTH, "none",
-        "5.05 T at most", "2 √T states and gradients, one step's activations",
-        "forward-mode AD of the objective's gradient (else a double backward)", _cite("Kemaev et al. 2025", "2505.00793"),
-        lambda s: 5.05 * s.num_steps, lambda s: _mixed(s, s.num_steps), initial_params=True, path=True,
+        "5.25 T at most", "2 √T states and gradients, one step's activations",
+        "a double backward of the objective; inside a transform forward-mode AD where there is", _cite("Kemaev et al. 2025", "2505.00793"),
+        lambda s: 5.25 * s.num_steps, lambda s: _mixed(s, s.num_steps), initial_params=True, path=True,
     ),
     Method(
         "Unrolled(segment=1)", "exact", lambda s: adjoints.Unrolled(segment=1), _BOTH, "none",
-        "4.05 T at most", "T states and gradients, one step's activations", "the same", "the same",
-        lambda s: 4.05 * s.num_steps,
+        "4.25 T at most", "T states and gradients, one step's activations", "the same", "the same",
+        lambda s: 4.25 * s.num_steps,
         lambda s: s.num_steps * (s.state_bytes + s.params_bytes) + 2 * s.activation_bytes, initial_params=True, path=True,
     ),
     Method(
@@ -159,13 +159,13 @@ _UNROLLED = (
     Method(
         'Unrolled(mode="auto")', "exact", lambda s: adjoints.Unrolled(mode="auto"), _BOTH, "none",
         "that of `graph` or of `mixed`", "the smaller of the two, to 10%", "nothing", "the same",
-        lambda s: 3.25 * s.num_steps if _graph(s) < _mixed(s, s.num_steps) else 5.05 * s.num_steps,
+        lambda s: 3.25 * s.num_steps if _graph(s) < _mixed(s, s.num_steps) else 5.25 * s.num_steps,
         lambda s: min(_graph(s), _mixed(s, s.num_steps)), initial_params=True, path=True,
     ),
     Method(
         "Unrolled(offload=True)", "exact", lambda s: adjoints.Unrolled(offload=True), _BOTH, "none",
-        "5.05 T at most, and copies", "on the device one state, one step's activations; the rest on the host", "host memory", "the same",
-        lambda s: 5.6 * s.num_steps, _one_step, initial_params=True, path=True,
+        "5.25 T at most, and copies", "on the device one state, one step's activations; the rest on the host", "host memory", "the same",
+        lambda s: 5.8 * s.num_steps, _one_step, initial_params=True, path=True,
     ),
     Method(
         "Forward()", "exact", lambda s: adjoints.Forward(), _H, "none",
@@ -179,9 +179,9 @@ _UNROLLED = (
 _APPROXIMATE = (
     Method(
         "Unrolled(window=k)", "approximate", lambda s: adjoints.Unrolled(window=s.number), _H,
-        "steps before the last k are left out", "T + 4 k at most; T + 3 k with `segment=1`",
+        "steps before the last k are left out", "T + 4.25 k at most; T + 3.25 k with `segment=1`",
         "2 √k states and gradients, one step's activations", "as its mode", _cite("Shaban et al. 2019", "1810.10667"),
-        lambda s: s.num_steps + 4.05 * min(s.number, s.num_steps), lambda s: _mixed(s, min(s.number, s.num_steps)),
+        lambda s: s.num_steps + 4.25 * min(s.number, s.num_steps), lambda s: _mixed(s, min(s.number, s.num_steps)),
         kind="biased", path=True,
     ),
     Method(
@@ -232,76 +232,76 @@ def _implicit(
     kind: Kind = "solution",
     **options: Any,
 ) -> Method:
-    """T steps, the products of three gradients each, one mixed product and one gradient."""
+    """T steps, a recorded gradient and the pulls through it (one to 2.2 gradients each), one mixed product and one gradient."""
     return Method(
         f"Implicit({code})", "implicit", lambda s: adjoints.Implicit(solver(s), **options), _H, bias,
-        f"T + {products} + 4" if products else "T + 4", memory, needs, reference,
-        lambda s: s.num_steps + 3 * count(s) + 4, lambda s: _one_step(s) + vectors(s) * s.params_bytes, kind=kind,
+        f"T + {products} + 5 at most" if products else "T + 5 at most", memory, needs, reference,
+        lambda s: s.num_steps + 2.2 * count(s) + 5, lambda s: _one_step(s) + vectors(s) * s.params_bytes, kind=kind,
     )  # fmt: skip
 
 
 _DISTANCE = "distance to the solution; the reported linear residual"
 _IMPLICIT = (
     _implicit(
-        "linear.CG(n)", lambda s: linear.CG(s.number), bias=_DISTANCE, products="3 n", count=lambda s: s.number,
+        "linear.CG(n)", lambda s: linear.CG(s.number), bias=_DISTANCE, products="2.2 n", count=lambda s: s.number,
         needs="positive definite Hessian",
         reference=f"{_cite('Pedregosa 2016', '1602.02355')}; {_cite('Rajeswaran et al. 2019', '1909.04630')}",
     ),
     _implicit(
         "linear.CG(n, preconditioner=linear.Diagonal(k))", lambda s: linear.CG(s.number, preconditioner=linear.Diagonal(1)),
-        bias=_DISTANCE, products="3 (n + k)", count=lambda s: s.number + 1,
+        bias=_DISTANCE, products="2.2 (n + k)", count=lambda s: s.number + 1,
         needs="positive definite Hessian, badly scaled", reference="Hestenes & Stiefel 1952; Bekas et al. 2007",
     ),
     _implicit(
         "linear.Neumann(K, a)", lambda s: linear.Neumann(s.number, s.step_size),
-        bias="distance to the solution; (I - aH)^(K+1) of the linear system", products="3 K", count=lambda s: s.number,
+        bias="distance to the solution; (I - aH)^(K+1) of the linear system", products="2.2 K", count=lambda s: s.number,
         needs="a < 2 / largest eigenvalue", reference=_cite("Lorraine et al. 2020", "1911.02590"),
     ),
     _implicit(
         "linear.Neumann(K)", lambda s: linear.Neumann(s.number),
-        bias="the same", products="3 (K + 8)", count=lambda s: s.number + 8,
+        bias="the same", products="2.2 (K + 8)", count=lambda s: s.number + 8,
         needs="symmetric matrix; a is estimated by 8 power iterations", reference="the same",
     ),
     Method(
         "Implicit(linear.Neumann(K, a), select=linear.every, stochastic=True)", "implicit",
         lambda s: adjoints.Implicit(linear.Neumann(s.number, s.step_size), select=linear.every, stochastic=True), _H,
-        "distance to the solution; that of K terms, in the mean", "5 T + 3 K", "one step's activations",
+        "distance to the solution; that of K terms, in the mean", "5.2 T + 3.2 K at most", "one step's activations",
         "independent batches", _cite("Ji et al. 2021", "2010.07962"),
-        lambda s: 5 * s.num_steps + 3 * s.number, lambda s: _one_step(s) + 4 * s.params_bytes, kind="solution",
+        lambda s: 5.2 * s.num_steps + 3.2 * s.number, lambda s: _one_step(s) + 4 * s.params_bytes, kind="solution",
     ),
     _implicit(
-        "linear.NormalCG(n)", lambda s: linear.NormalCG(s.number), bias=_DISTANCE, products="6 n", count=lambda s: 2 * s.number,
+        "linear.NormalCG(n)", lambda s: linear.NormalCG(s.number), bias=_DISTANCE, products="4.4 n", count=lambda s: 2 * s.number,
         needs="any matrix; slow where ill-conditioned", reference="Hestenes & Stiefel 1952",
     ),
     _implicit(
-        "linear.MINRES(n)", lambda s: linear.MINRES(s.number), bias=_DISTANCE, products="3 n", count=lambda s: s.number,
+        "linear.MINRES(n)", lambda s: linear.MINRES(s.number), bias=_DISTANCE, products="2.2 n", count=lambda s: s.number,
         vectors=lambda s: 7, needs="symmetric, also indefinite", reference="Paige & Saunders 1975",
     ),
     _implicit(
-        "linear.GMRES(n)", lambda s: linear.GMRES(s.number), bias=_DISTANCE, products="3 n", count=lambda s: s.number,
+        "linear.GMRES(n)", lambda s: linear.GMRES(s.number), bias=_DISTANCE, products="2.2 n", count=lambda s: s.number,
         memory="n vectors like the params", vectors=lambda s: s.number + 2, needs="any matrix", reference="Saad & Schultz 1986",
     ),
     _implicit(
-        "linear.BiCGSTAB(n)", lambda s: linear.BiCGSTAB(s.number), bias=_DISTANCE, products="6 n", count=lambda s: 2 * s.number,
+        "linear.BiCGSTAB(n)", lambda s: linear.BiCGSTAB(s.number), bias=_DISTANCE, products="4.4 n", count=lambda s: 2 * s.number,
         vectors=lambda s: 7, needs="any matrix; may break down", reference="van der Vorst 1992",
     ),
     _implicit(
-        "linear.Lanczos(n)", lambda s: linear.Lanczos(s.number), bias=_DISTANCE, products="3 n", count=lambda s: s.number,
+        "linear.Lanczos(n)", lambda s: linear.Lanczos(s.number), bias=_DISTANCE, products="2.2 n", count=lambda s: s.number,
         memory="n vectors like the params", vectors=lambda s: s.number + 2, needs="symmetric, also indefinite", reference="Lanczos 1952",
     ),
     _implicit(
-        "linear.Dense()", lambda s: linear.Dense(), bias="distance to the solution", products="3 P", count=lambda s: s.num_params,
+        "linear.Dense()", lambda s: linear.Dense(), bias="distance to the solution", products="2.2 P", count=lambda s: s.num_params,
         memory="P² numbers", vectors=lambda s: 2 * s.num_params, needs="few params (P); P³ more work",
         reference="the implicit function theorem",
     ),
     _implicit(
         "linear.Nystroem(k)", lambda s: linear.Nystroem(s.number), bias="distance to the solution; what k rows of H do not span",
-        products="3 (k + 1)", count=lambda s: s.number + 1, memory="2 k vectors like the params", vectors=lambda s: 2 * s.number,
+        products="2.2 (k + 1)", count=lambda s: s.number + 1, memory="2 k vectors like the params", vectors=lambda s: 2 * s.number,
         needs="positive semi-definite Hessian of low rank", reference=_cite("Hataya & Yamada 2023", "2302.09726"), kind="biased",
     ),
     _implicit(
         "linear.Diagonal(k)", lambda s: linear.Diagonal(s.number), bias="distance to the solution; what is off the diagonal of H",
-        products="3 (k + 1)", count=lambda s: s.number + 1, needs="a dominant diagonal", reference="Bekas et al. 2007", kind="biased",
+        products="2.2 (k + 1)", count=lambda s: s.number + 1, needs="a dominant diagonal", reference="Bekas et al. 2007", kind="biased",
     ),
     Method(
         "Implicit(linear.KFAC(module, loss))", "implicit",
@@ -454,9 +454,9 @@ _INITIALISATION = (
         "meta_initialisation(outer, solver, Unrolled(), optimizer)", "initialisation",
         lambda f, solver, opt, s: meta_initialisation(f, solver, adjoints.Unrolled(), opt),
         "initial params; hparams too with `hparams_optimizer`", "none",
-        "5.05 T at most", "2 √T states and gradients, one step's activations", "as `Unrolled()`",
+        "5.25 T at most", "2 √T states and gradients, one step's activations", "as `Unrolled()`",
         _cite("MAML: Finn et al. 2017", "1703.03400"),
-        lambda s: 5.05 * s.num_steps, lambda s: _mixed(s, s.num_steps), initial_params=True, path=True,
+        lambda s: 5.25 * s.num_steps, lambda s: _mixed(s, s.num_steps), initial_params=True, path=True,
     ),
     Method(
         "meta_initialisation(outer, solver, FirstOrder(), optimizer)", "initialisation",

@@ -97,7 +97,9 @@ def scale(a: float | Tensor, x: Tree) -> Tree:
 
 def axpy(a: float | Tensor, x: Tree, y: Tree) -> Tree:
     """``a x + y`` for a scalar ``a``."""
-    return map(lambda xi, yi: a * xi + yi, x, y)
+    if isinstance(a, Tensor):
+        return map(lambda xi, yi: a * xi + yi, x, y)
+    return map(lambda xi, yi: torch.add(yi, xi, alpha=a), x, y)  # one kernel
 
 
 def mean(trees: list[Tree]) -> Tree:

@@ -72,8 +72,8 @@ def conv() -> tuple[Callable[[Tree, Tensor], Tensor], Tree, Tensor]:
 
 NETS = {"mlp": mlp, "conv": conv}
 LIMITS = {
-    "mixed, every state kept": (adjoints.Unrolled(segment=1), 4.05),
-    "mixed, default segments": (adjoints.Unrolled(), 5.05),
+    "mixed, every state kept": (adjoints.Unrolled(segment=1), 4.25),
+    "mixed, default segments": (adjoints.Unrolled(), 5.25),
     "graph": (adjoints.Unrolled(mode="graph"), 3.25),
     "reverse, every state kept": (adjoints.Unrolled(mode="reverse", segment=1), 4.25),
 }
@@ -111,7 +111,7 @@ def test_work(net: str, limit: str) -> None:
 
 @pytest.mark.parametrize("net", NETS)
 def test_work_of_an_implicit_gradient(net: str) -> None:
-    """K products of three gradients, one mixed product, one residual, beside the run and the outer gradient."""
+    """A recorded gradient and K pulls of one to two, one mixed product, one residual, beside the run and the outer gradient."""
     apply, params, x = NETS[net]()
     labels, num_products, num_steps = torch.arange(8) % 4, 5, 2
     weights = torch.ones(8, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_work_of_an_implicit_gradient(net: str) -> None:
     estimate = metacal.hypergradient(inner, solver, adjoints.Implicit(linear.Neumann(num_steps=num_products, step_size=0.01)))
     state = solver.init(params, weights)
     work = flops(lambda: estimate(state, weights, [x] * num_steps, x)) / flops(plain_step)
-    assert 3 * num_products <= work <= num_steps + 1 + 3.05 * (num_products + 1) + 1
+    assert num_products <= work - (num_steps + 1) <= 1 + 2.25 * num_products + 3.25 + 1
 
 
 def peak_bytes(fn: Callable[[], Any]) -> int:
@@ -245,7 +245,7 @@ PER_STEP = {
 @pytest.mark.parametrize("operator", ["Hessian", "GaussNewton"])
 @pytest.mark.parametrize("name", PER_STEP)
 def test_a_linear_solvers_step_is_its_products(name: str, operator: str) -> None:
-    """Two more steps of a Krylov method or a series are so many more products, each of three gradients at most, and nothing else."""
+    """Two more steps of a Krylov method or a series are so many more products, each of 2.2 gradients at most, and nothing else."""
     apply, params, x = mlp()
     x = x.repeat(50, 1)  # a large batch, beside which the solvers' own inner products are nothing
     labels, weights = torch.arange(len(x)) % 4, torch.ones(len(x), dtype=torch.float64)
@@ -278,4 +278,4 @@ def test_a_linear_solvers_step_is_its_products(name: str, operator: str) -> None
     (less, fewer), (more, products) = work(2), work(4)
     assert products - fewer == 2 * products_per_step
     per_product = (more - less) / (products - fewer) / flops(plain_step)
-    assert 1 <= per_product <= (3.05 if operator == "Hessian" else 2.05)
+    assert 1 <= per_product <= (2.2 if operator == "Hessian" else 2.05)

@@ -437,7 +437,7 @@ class Rounding(torch.autograd.Function):
 
 @pytest.mark.parametrize("adjoint", ["unrolled mixed", "unrolled reverse", "unrolled graph", "unrolled auto", "forward", "Dense", "CG"])
 def test_a_custom_function_without_setup_context(adjoint: str) -> None:
-    """Right by another way and announced, or refused with the remedy; the number is never another."""
+    """Right by a double backward, or by another way and announced, or refused with the remedy; the number is never another."""
     p = PROBLEMS["ridge_scalar"]
 
     def inner(w: Tree, h: Tree, b: Tree) -> Tensor:
@@ -461,7 +461,7 @@ def test_a_custom_function_without_setup_context(adjoint: str) -> None:
         return
     close(hg.hparams, truth, 1e-9)
     said = " ".join(str(w.message) for w in record)
-    assert adjoint in ("unrolled reverse", "unrolled graph", "unrolled auto") or "setup_context" in said, said
+    assert adjoint.startswith("unrolled") or adjoint == "CG" or "setup_context" in said, said
 
 
 def hidden_state() -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import metacal
@@ -64,9 +65,9 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 ANNOUNCED = {"soft_margin_loss", "Function without jvp", "Function without setup_context", "huber_loss"}
 
 
-def loss_of(name: str) -> operators.Loss:
+def loss_of(name: str, *, compiled: bool = False) -> operators.Loss:
     # Products of w and h, so that the mixed block is not zero; a new function each time, for what is remembered of it.
-    return operators.Loss(lambda w, h, batch, carry: (LOSSES[name](w * h), carry))
+    return operators.Loss(lambda w, h, batch, carry: (LOSSES[name](w * h), carry), compiled=compiled)
 
 
 def by_hand(name: str, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,47 @@ def by_hand(name: str, d: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_products_equal_a_double_backward_pass(name: str) -> None:
+    """One written by hand, and without a word where nobody differentiates them."""
     loss, d = loss_of(name), torch.tensor([1.0, -2.0, 0.3], dtype=torch.float64)
+    products = operators.mixed_products(loss, W, H, None, (), d)
+    again = operators.hessian(loss, W, H, None, ())
+    H_ww, H_hw = by_hand(name, d)
+    for got, expected in zip((*products, again(d), again(2 * d)), (H_ww, H_hw, H_ww, 2 * H_ww), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+class OnceCube(torch.autograd.Function):
+    """x^3 with a backward pass that torch must not differentiate, and for which it gives zero."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ct: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * ct
+
+
+def test_a_function_that_is_differentiable_once_is_refused() -> None:
+    """torch's own second derivative of it is None, which is taken for zero."""
+    once = operators.Loss(lambda w, h, batch, carry: (OnceCube.apply(w * h).square().mean(), carry))
+    w = W.clone().requires_grad_()
+    (g,) = torch.autograd.grad(once.fn(w, H, None, ())[0], w, create_graph=True)
+    assert torch.autograd.grad(g.sum(), w, allow_unused=True) != by_hand("Function without jvp", torch.ones_like(W))[0]
+    for product in (lambda: operators.mixed_products(once, W, H, None, (), W), lambda: operators.hessian(once, W, H, None, ())(W)):
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            product()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_products_by_forward_mode_equal_a_double_backward_pass(name: str) -> None:
+    loss, d = loss_of(name, compiled=True), torch.tensor([1.0, -2.0, 0.3], dtype=torch.float64)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):  # what was learned of the loss at the first time is used at the second

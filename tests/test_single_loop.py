@@ -757,7 +757,7 @@ def test_a_saved_state_resumes_exactly(row: Row) -> None:
 
 @every_algorithm
 def test_work_is_as_documented(row: Row) -> None:
-    """Calls of the objectives tell gradients and products together; their flops tell them apart (a product is three gradients)."""
+    """Calls of the objectives tell gradients and products together; their flops tell them apart."""
     apply, params, x = mlp()
     labels = torch.arange(8) % 4
     calls = {"inner": 0, "outer": 0}
@@ -774,8 +774,13 @@ def test_work_is_as_documented(row: Row) -> None:
         p = {k: v.clone().requires_grad_() for k, v in params.items()}
         F.cross_entropy(apply(p, x), labels).backward()
 
-    opt = row.build(outer, metacal.descent(inner, optim.sgd(0.01)), optim.sgd(0.01))
-    state = opt.init(params, torch.ones(8, dtype=F64))
+    solver, h = metacal.descent(inner, optim.sgd(0.01)), torch.ones(8, dtype=F64)
+    assert solver.descent is not None
+    product = flops(lambda: solver.descent.products(params, h, x, (), params)) / flops(plain)
+    assert 2 < product <= 3
+    calls["inner"] = 0
+    opt = row.build(outer, solver, optim.sgd(0.01))
+    state = opt.init(params, h)
     data = ([(0, x)], (0, x)) if row.indexed else ([x] * row.inner_batches, x)
     torch.manual_seed(5)
     drawn = int(torch.randint(3, ()))
@@ -784,7 +789,7 @@ def test_work_is_as_documented(row: Row) -> None:
     products = row.products if not row.draws else (drawn + 1) * (row.gradients if row.name == "sustain" else 1)
     assert drawn > 0
     assert calls == {"inner": row.gradients + products, "outer": row.outer_gradients}
-    assert work == pytest.approx(row.gradients + 3 * products + row.outer_gradients, rel=0.03)
+    assert work == pytest.approx(row.gradients + product * products + row.outer_gradients, rel=0.03)
     _, hg = opt.step(state, *data) if not row.draws else (None, None)
     assert hg is None or float(hg.stats["num_products"]) == products
 

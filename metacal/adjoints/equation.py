@@ -57,12 +57,18 @@ class Equation:
         return self._mean(theta.batches, lambda batch: self.operator.mixed(self.inner, params, hparams, batch, carry, v))
 
     def _mean_matrix(self, theta: Theta) -> linear.LinearMap:
-        _random.restore(self.noise)
         params, hparams, carry, batches = theta
-        each = [self.operator.matrix(self.inner, params, hparams, batch, carry) for batch in batches]
+
+        def matrix(batch: Tree) -> linear.LinearMap:
+            return self.operator.matrix(self.inner, params, hparams, batch, carry)
+
+        _random.restore(self.noise)
+        if len(batches) == 1:  # recorded once; of several, each product records one after the other
+            recorded = matrix(batches[0])
+            matrix = lambda batch: recorded  # noqa: E731
         return linear.LinearMap(
-            lambda v: self._mean(each, lambda A: A(v)),
-            lambda v: self._mean(each, lambda A: A.transpose(v)),
+            lambda v: self._mean(batches, lambda batch: matrix(batch)(v)),
+            lambda v: self._mean(batches, lambda batch: matrix(batch).transpose(v)),
         )
 
     def _mean(self, batches: Sequence[Any], term: Callable[[Any], Tree]) -> Tree:

@@ -25,8 +25,9 @@ class Implicit(Adjoint):
     ``d_hparams = -F_h^T v`` with ``(F_w^T + damping I) v = ct`` solved by ``solver``. For a gradient-based inner solver F is the
     gradient of the objective and F_w its Hessian; for any other the transposed Jacobian of ``residual`` is used.
 
-    Cost: the run, ``solver``'s products (three gradients each), one mixed product and one gradient; memory: one step's
-    activations, independent of the number of steps. Not estimated: the cotangent of the initial params (``()``), and whatever
+    Cost: the run, a recorded gradient, ``solver``'s products (backward passes through it, one to two gradients each), one mixed product
+    and one gradient; memory: the graph of one gradient, independent of the number of steps. With several batches, and where somebody
+    differentiates, each product records its own. Not estimated: the cotangent of the initial params (``()``), and whatever
     depends on the path (learning rates). The bias is of the order of the distance to the solution. ``stats``:
 
     - ``residual_norm``: ``|F| |v| / (|ct| |w|)``, the distance to the solution relative to ``|w|``, judged by the curvature

@@ -34,9 +34,11 @@ class Unrolled(Adjoint):
 
     Modes, in units of T plain training steps (F + 2F each), for a state of params and optimizer state:
 
-    - ``mixed`` (default): states are stored and each step is pulled back by one forward-over-reverse pass. Work 4 (5 with
+    - ``mixed`` (default): states are stored, and each step is pulled back through its update and then by one product with the full
+      Hessian: a double backward, or inside a ``torch.func`` transform forward over reverse. Work 3.3 - 4.2 (4.3 - 5.2 with
       ``segment``); memory 2 sqrt(T) states and gradients plus one step's activations.
-    - ``reverse``: the same sweep with a double backward per step, for what has no forward AD. Work 3.3 - 4.2.
+    - ``reverse``: the same sweep with a double backward of the whole step, for solvers that are no :func:`metacal.descent`, and
+      without the gradients in memory. Work the same.
     - ``graph``: one plain autograd graph of the whole run. Work 2.3 - 3.2, the fastest; memory grows with T. Cannot run inside a
       ``torch.func`` transform.
     - ``auto``: ``graph`` or ``mixed``, whichever has the smaller peak of memory. The first step is taken as ``graph`` does it, and
@@ -49,7 +51,7 @@ class Unrolled(Adjoint):
         segment: keep every ``segment``-th state and re-run the steps between; 1 keeps all. Default: ceil(sqrt(steps)).
         offload: keep the stored states in host memory.
 
-    The reverse sweep and its mixed-mode step: ``ct <- J_t^T ct`` with ``w' = U(g(w, h), w, s, h)``, ``g = grad_w L``.
+    The reverse sweep and the step of ``mixed``: ``ct <- J_t^T ct`` with ``w' = U(g(w, h), w, s, h)``, ``g = grad_w L``.
     With ``(g_bar, w_bar, s_bar, h_bar) = U^T ct`` and the symmetry of the full Hessian,
     ``J^T ct = (w_bar + H_ww g_bar, s_bar)`` and ``d_hparams += h_bar + H_hw g_bar``.
     """

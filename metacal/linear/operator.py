@@ -26,7 +26,7 @@ class Operator(ABC):
         """``v -> F_w^T v`` and, as its transpose, ``v -> F_w v``."""
 
     def mixed(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree, v: Tree) -> Tree:
-        """``F_h^T v``. Work: one product of three gradients."""
+        """``F_h^T v``. Work: two to three gradients."""
         if inner.descent is None:
             return _pulled_to_hparams(inner, params, hparams, batch, v)
         return inner.descent.products(params, hparams, batch, carry, v)[1]
@@ -34,7 +34,7 @@ class Operator(ABC):
 
 @dataclass(frozen=True)
 class Hessian(Operator):
-    """A = d2 L / dw2 of the inner objective, by forward-over-reverse products (three gradients each).
+    """A = d2 L / dw2 of the inner objective, by backward passes through one recorded gradient (one to two gradients each).
 
     An inner problem without an objective (a fixed point) has the :class:`Jacobian` of its residual instead.
     """
@@ -42,7 +42,7 @@ class Hessian(Operator):
     def matrix(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> LinearMap:
         if inner.descent is None:
             return Jacobian().matrix(inner, params, hparams, batch, carry)
-        return symmetric(lambda v: inner.descent.hessian(params, hparams, batch, carry, v))
+        return symmetric(inner.descent.hessian(params, hparams, batch, carry))
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class GaussNewton(Operator):
     not in ``loss`` (weight decay) are not in A: return the params among the outputs, or use ``damping``.
 
     Cost of a product: one forward-mode pass, one backward pass of the model (three gradients at most); memory: one recorded forward
-    pass of the model for each selected batch. Bias: A is not F_w, unless the model is linear in the params or the loss is stationary
+    pass of the model. Bias: A is not F_w, unless the model is linear in the params or the loss is stationary
     in the outputs.
 
     Source: Schraudolph 2002; Martens 2010.
@@ -76,10 +76,10 @@ class GaussNewton(Operator):
             return self.model(w, hparams, batch)
 
         outputs, pull = operators.func_vjp(model, params)
+        H_out = operators.hessian(loss, outputs, hparams, batch, ())
 
         def product(v: Tree) -> Tree:
-            Jv = operators.func_jvp(model, (params,), (v,))
-            return pull(operators.hessian_product(loss, outputs, hparams, batch, (), Jv))[0]
+            return pull(H_out(operators.func_jvp(model, (params,), (v,))))[0]
 
         return symmetric(product)
 

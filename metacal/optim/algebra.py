@@ -27,7 +27,13 @@ def given(w: Tree | None) -> Tree:
 
 def mix(beta: Any, old: Tree, new: Tree) -> Tree:
     """``beta old + (1 - beta) new``: a step of a decaying mean."""
-    return tree.map(lambda old, new: beta * old + (1 - beta) * new, old, new)
+    return tree.map(lambda old, new: _mix(beta, old, new), old, new)
+
+
+def _mix(beta: Any, old: Tensor, new: Tensor) -> Tensor:
+    if isinstance(beta, Tensor) or old.dtype != new.dtype:
+        return beta * old + (1 - beta) * new
+    return torch.lerp(old, new, 1 - beta)  # one kernel
 
 
 def one_minus_power(beta: Any, n: Tensor) -> Tensor:
@@ -40,7 +46,7 @@ def one_minus_power(beta: Any, n: Tensor) -> Tensor:
 def root(x: Tensor) -> Tensor:
     """The square root, with derivative 0 at 0 instead of infinity (which a following 0 turns into NaN). A NaN stays NaN."""
     at_zero = x == 0
-    return torch.where(at_zero, torch.zeros_like(x), torch.where(at_zero, torch.ones_like(x), x).sqrt())
+    return torch.where(at_zero, 0.0, torch.where(at_zero, 1.0, x).sqrt())
 
 
 def sign(x: Tensor) -> Tensor:

@@ -104,14 +104,15 @@ def zero_moments(params: Tree, step: Tensor) -> AdamState:
 
 def moments(g: Tree, state: AdamState, beta1: Any, beta2: Any) -> AdamState:
     """The means of g and g^2, one step on."""
-    return AdamState(state.step + 1, mix(beta1, state.mean, g), tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.square, g))
+    return AdamState(state.step + 1, mix(beta1, state.mean, g), mix(beta2, state.square, tree.map(torch.square, g)))
 
 
 def adam_direction(t: Tensor, g: Tree, state: AdamState, beta1: Any, beta2: Any, eps: Any) -> tuple[Tree, AdamState]:
     """``m^ / (sqrt(v^) + eps)``, and the means."""
     state = moments(g, state, beta1, beta2)
-    c1, c2 = one_minus_power(beta1, t + 1), one_minus_power(beta2, t + 1)
-    return tree.map(lambda m, v: (m / c1) / (root(v / c2) + eps), state.mean, state.square), state
+    # m^ / (sqrt(v^) + eps) with both corrections drawn to the front, where they are numbers.
+    c1, r2 = one_minus_power(beta1, t + 1), one_minus_power(beta2, t + 1).sqrt()
+    return tree.map(lambda m, v: (r2 / c1) * (m / (root(v) + r2 * eps)), state.mean, state.square), state
 
 
 class AdamaxState(NamedTuple):

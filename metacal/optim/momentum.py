@@ -61,8 +61,8 @@ def sgd(
         g = plus_decay(g, decay, w)
         if not with_momentum:
             return tree.scale(-eta, g), SGDState(state.step + 1, ())
-        keep = 1 - tau * t.clamp(max=1)  # all of the first gradient
-        m = tree.map(lambda m, g: mu * m + keep * g, state.momentum, g)
+        damped = g if is_off(tau) else tree.scale(1 - tau * t.clamp(max=1), g)  # all of the first gradient
+        m = tree.axpy(mu, state.momentum, damped)
         direction = tree.axpy(mu, m, g) if nesterov else m
         return tree.scale(-eta, direction), SGDState(state.step + 1, m)
 

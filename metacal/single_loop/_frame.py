@@ -89,7 +89,7 @@ class Problem:
 
     def hessian(self, state: InnerState, h: Tree, batch: Tree, v: Tree) -> Tree:
         """``g_ww v`` alone. Work: one product."""
-        return self.descent.hessian(state.params, h, batch, state.carry, v)
+        return self.descent.hessian(state.params, h, batch, state.carry)(v)
 
     def follow(self, state: InnerState, h: Tree, direction: Tree, carry: Tree) -> InnerState:
         """The inner optimizer's step along a direction."""
