@@ -28,7 +28,7 @@ from metacal.train.environment import describe, resolve_device
 
 PARTS = ("hypergradients", "scaling", "tasks", "tc2", "cleaning")
 PEERS = ("higher", "betty-ml", "jax", "jaxopt", "optax")
-ROUNDS: dict[Size, int] = {"tiny": 1, "small": 5, "full": 15}
+ROUNDS: dict[Size, int] = {"tiny": 1, "small": 3, "full": 15}
 BUDGETS: dict[Size, float] = {"tiny": 0.0, "small": 15.0, "full": math.inf}
 """Seconds of timed rounds per problem, after which three are enough."""
 CLEANING: dict[Size, tuple[tuple[str, float], ...]] = {
@@ -95,8 +95,9 @@ def run(methods: list[Method], size: Size, only: list[str], device: torch.device
 
 
 def _measured(key: str, methods: list[Method], size: Size, device: torch.device) -> Iterator[Row]:
-    problem = to(PROBLEMS[key].make(size), device)
-    return measure(problem, methods, rounds=ROUNDS[size], budget=BUDGETS[size])
+    row = PROBLEMS[key]
+    problem = to(row.make(size), device)
+    return measure(problem, filter(row.asks, methods), rounds=ROUNDS[size], budget=BUDGETS[size])
 
 
 def _tc2_steps(size: Size, device: torch.device) -> Iterator[Row]:

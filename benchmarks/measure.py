@@ -105,7 +105,7 @@ def measure(
 ) -> Iterator[Row]:
     """A row for every method, and one for the plain steps alone; what a method cannot do is a row that says why.
 
-    With ``judged=False`` there is nothing about errors, and nothing is computed for them.
+    With ``judged=False`` there is nothing about errors and work, and nothing is computed for them.
     """
     truth, device = oracle(problem) if judged else None, problem.device
     solution = problem.exact() if judged and problem.exact is not None else None
@@ -120,6 +120,7 @@ def measure(
         try:
             with _quiet(row):
                 call = prepare(problem)
+                done = worked(call)[1] if judged else 0
                 began = time.perf_counter()
                 found = call()
                 row["first_call_seconds"] = time.perf_counter() - began  # with compilation, where there is any
@@ -130,7 +131,8 @@ def measure(
                     if solution is not None:
                         row["solution_error"], _ = error(found, solution)
                 del found
-                row |= costs(call, unit, device)
+                # None for a library whose memory and products torch does not see.
+                row |= {"peak_bytes": peak(call, device) or None, "work": done / unit if unit and done else None}
                 calls[name] = call
         except Unsupported as reason:
             row["unsupported"] = str(reason)
@@ -164,12 +166,17 @@ def matmul_rate(device: torch.device | str, size: int = 4096) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def costs(call: Callable[[], Any], unit: int, device: torch.device | str) -> Row:
-    """Peak of allocated bytes, and work in plain training steps; None for a library whose memory and products torch does not see."""
+def worked(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call returns, and its floating-point operations; compiled code is eager here."""
+    results: list[Any] = []
+    done = work(lambda: results.append(call()))
+    return results[0], done
+
+
+def peak(call: Callable[[], Any], device: torch.device | str) -> int:
+    """Peak of allocated bytes, beside what was there."""
     gc.collect()
-    peak = peak_bytes(call, device)
-    done = work(call)
-    return {"peak_bytes": peak or None, "work": done / unit if unit and done else None}
+    return peak_bytes(call, device)
 
 
 @contextmanager

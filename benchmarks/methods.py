@@ -62,6 +62,8 @@ def _ours(name: str, kind: Kind, code: str, *, number: int = 20) -> Method:
             raise Unsupported(f"one tangent for each of {num_hparams} hparams")
         if "Dense" in code and num_params > MAX_DENSE:
             raise Unsupported(f"a matrix of {num_params} rows")
+        if "offload" in code and problem.device.type == "cpu":
+            raise Unsupported("the host's memory is the device's")
         if "Nystroem" in code and num_params < number:
             raise Unsupported(f"{number} rows of a matrix of {num_params}")
         return _prepared(problem, row.make(registry.Setting(number=number, step_size=problem.step_size)))
@@ -91,7 +93,7 @@ _ROWS = (
     _compiled("mixed, CUDA graphs", Unrolled(), "cuda-graphs"),
     _ours("forward", "exact", "Forward()"),
     _ours("window 10", "approximate", "Unrolled(window=k)", number=10),
-    _ours("forward sketch 8", "approximate", "ForwardSketch(k)", number=8),
+    _ours("forward sketch 4", "approximate", "ForwardSketch(k)", number=4),
     _ours("finite difference", "approximate", "FiniteDifference(radius, a)"),
     _ours("SAMA", "approximate", "SAMA(radius)"),
     _ours("Neumann 20", "implicit", "Implicit(linear.Neumann(K, a))"),

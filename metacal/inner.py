@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torchopt.base import GradientTransformation
 
 from metacal import _checks, operators, optim, tree
@@ -218,7 +219,7 @@ def _compiled(fn: Any, how: bool | str, second_order_of: operators.Loss | None =
 
     def call(*args: Any) -> Any:
         nonlocal tried
-        if operators.attached(args):
+        if operators.attached(args) or _get_current_dispatch_mode() is not None:  # a counter of flops sees eager code only
             return fn(*args)
         if not tried:  # eagerly: it shows a user's mistakes as they are, and learns what forward mode cannot do
             tried = True

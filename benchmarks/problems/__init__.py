@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from benchmarks.methods import Method
 from benchmarks.problem import Problem, Size
 from benchmarks.problems import cost, distillation, few_shot, language, quadratic, regression, tc2, training_settings
 from benchmarks.problems.hyper_cleaning import Weights, cleaning
 
 
 class Row(NamedTuple):
-    """How a problem is made, and whether the small suite has it too."""
+    """How a problem is made, whether the small suite has it too, and which methods it is for."""
 
     make: Callable[[Size], Problem]
     small: bool = True
+    asks: Callable[[Method], bool] = lambda method: True
 
 
 def _cleaning(name: str, corruption: float, weights: Weights) -> Callable[[Size], Problem]:
@@ -27,7 +29,8 @@ PROBLEMS: dict[str, Row] = {
     "logistic": Row(regression.logistic),
     **{
         f"cleaning-{name}-{100 * corruption:.0f}-{weights}": Row(
-            _cleaning(name, corruption, weights), small=(name, corruption) in (("mnist", 0.5), ("fashion_mnist", 0.9))
+            _cleaning(name, corruption, weights),
+            small=(name, corruption, weights) in (("mnist", 0.5, "samples"), ("fashion_mnist", 0.9, "network")),
         )
         for name in ("mnist", "fashion_mnist")
         for corruption in (0.5, 0.7, 0.9)
@@ -41,7 +44,7 @@ PROBLEMS: dict[str, Row] = {
     "language": Row(language.reweighting),
     "tc2-calibrator": Row(tc2.calibrator_stage),
     "tc2-encoder": Row(tc2.encoder_stage),
-    "mlp": Row(cost.mlp_cost),
-    "conv": Row(cost.conv_cost),
-    "transformer": Row(cost.transformer_cost),
+    "mlp": Row(cost.mlp_cost, asks=cost.asks),
+    "conv": Row(cost.conv_cost, asks=cost.asks),
+    "transformer": Row(cost.transformer_cost, asks=cost.asks),
 }
