@@ -60,10 +60,13 @@ class Equation:
         params, hparams, carry, batches = theta
 
         def matrix(batch: Tree) -> linear.LinearMap:
-            return self.operator.matrix(self.inner, params, hparams, batch, carry)
+            before = _random.noise(params)
+            A = self.operator.matrix(self.inner, params, hparams, batch, carry)
+            _random.restore(before)  # its products see the noise that it was recorded with
+            return A
 
-        _random.restore(self.noise)
         if len(batches) == 1:  # recorded once; of several, each product records one after the other
+            _random.restore(self.noise)
             recorded = matrix(batches[0])
             matrix = lambda batch: recorded  # noqa: E731
         return linear.LinearMap(
