@@ -60,18 +60,29 @@ class Equation:
         params, hparams, carry, batches = theta
 
         def matrix(batch: Tree) -> linear.LinearMap:
-            before = _random.noise(params)
-            A = self.operator.matrix(self.inner, params, hparams, batch, carry)
-            _random.restore(before)  # its products see the noise that it was recorded with
-            return A
+            return self.operator.matrix(self.inner, params, hparams, batch, carry)
 
-        if len(batches) == 1:  # recorded once; of several, each product records one after the other
+        if len(batches) == 1:
             _random.restore(self.noise)
             recorded = matrix(batches[0])
-            matrix = lambda batch: recorded  # noqa: E731
+            return linear.LinearMap(
+                lambda v: self._mean(batches, lambda _: recorded(v)), lambda v: self._mean(batches, lambda _: recorded.transpose(v))
+            )
+
+        def term(batch: Tree, product: Callable[[linear.LinearMap], Tree]) -> Tree:
+            # Each product records one batch after the other, and sees the noise that its batch was recorded with.
+            before = _random.noise(params)
+            A = matrix(batch)
+            after = _random.noise(params)
+            _random.restore(before)
+            found = product(A)
+            if _random.same_or(before, after) is after:  # recorded with noise, of which the product may have drawn none
+                _random.restore(after)
+            return found
+
         return linear.LinearMap(
-            lambda v: self._mean(batches, lambda batch: matrix(batch)(v)),
-            lambda v: self._mean(batches, lambda batch: matrix(batch).transpose(v)),
+            lambda v: self._mean(batches, lambda batch: term(batch, lambda A: A(v))),
+            lambda v: self._mean(batches, lambda batch: term(batch, lambda A: A.transpose(v))),
         )
 
     def _mean(self, batches: Sequence[Any], term: Callable[[Any], Tree]) -> Tree:
