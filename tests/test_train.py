@@ -672,6 +672,20 @@ def test_a_run_on_any_tasks_leaves_its_conflict_and_that_of_shuffled_tasks(kind:
     assert images == {"clusters": 9, "domains": 8, "augmentations": 8, "objectives": 8 + 4}[kind] * 32  # BYOL's target counts
 
 
+def test_the_last_measurement_is_the_mean_over_batches(tmp_path: Path) -> None:
+    config = changed({}, train=replace(SMALL.train, measure_every=0, measure_batches=3))
+    results = experiment.pretrain(config, tmp_path, progress=False)
+    run, state = experiment.prepare(config), experiment.restore(config, tmp_path)
+    each = [run.measured(state, 3 + i) for i in range(3)]
+    assert not torch.allclose(each[0].cosines, each[1].cosines)
+    cosines = torch.stack([m.cosines for m in each]).mean(0)
+    torch.testing.assert_close(torch.tensor(results["cosines"]), cosines, rtol=1e-5, atol=1e-6)
+    rate = sum(float(m.scalars["conflict_rate"]) for m in each) / 3
+    assert results["measured"]["conflict_rate"] == pytest.approx(rate)
+    with pytest.raises(ValueError, match="`measure_batches` should be at least 1, got 0"):
+        replace(SMALL.train, measure_batches=0)
+
+
 def test_scores_while_training_are_those_of_held_out_images_and_change_nothing(tmp_path: Path) -> None:
     config = changed({}, train=replace(SMALL.train, steps=4), evaluate=replace(SMALL.evaluate, online=120))
     experiment.pretrain(config, tmp_path / "watched", progress=False)
