@@ -288,21 +288,24 @@ def run(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence
 
 
 class FirstBad:
-    """Counts the steps before the params first hold a NaN or an infinity, without asking the host."""
+    """Finds the step after which the params first hold a NaN or an infinity, without asking the host."""
 
     def __init__(self) -> None:
-        self._found: Tensor | None = None
+        self._looked: list[tuple[int, Tensor]] = []
 
     def look(self, t: int, params: Tree) -> None:
         """Looks at the params after step ``t``."""
-        leaves = tree.leaves(tree.detach(params))
-        if leaves:
-            now = torch.where(torch.isfinite(sum(leaf.sum() for leaf in leaves)), -1, t)
-            self._found = now if self._found is None else torch.where(self._found < 0, now, self._found)
+        if leaves := tree.leaves(params):
+            self._looked.append((t, sum(leaf.detach().sum() for leaf in leaves)))
 
     def step(self) -> Tensor:
         """The first bad step, or -1."""
-        return torch.tensor(-1) if self._found is None else self._found
+        if not self._looked:
+            return torch.tensor(-1)
+        steps, sums = zip(*self._looked, strict=True)
+        found = torch.stack(sums)
+        after = torch.where(found.isfinite(), max(steps) + 1, torch.tensor(steps, device=found.device)).amin()
+        return torch.where(after > max(steps), -1, after)
 
 
 def advance(
@@ -327,7 +330,10 @@ def read(batches: Sequence[Tree], begin: int, end: int) -> Iterator[Tree]:
 
 def constant(name: str, batch: Tree) -> None:
     """Raises ValueError if a batch leaf requires grad: nothing would flow into it."""
-    for path, leaf in zip(tree.paths(batch), tree.leaves(batch), strict=True):
+    leaves = tree.leaves(batch)
+    if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        return
+    for path, leaf in zip(tree.paths(batch), leaves, strict=True):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             raise ValueError(
                 f"`{name}`" + (f" at '{path}'" if path else "") + " requires grad, but a batch is a constant of the inner problem and "
