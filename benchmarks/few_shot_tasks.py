@@ -51,6 +51,7 @@ def throughput(
     candidates: list[tuple[str, str, Callable[[], Callable[[], Tree]]]] = [
         ("loop, graph", "metacal", lambda: ours("loop", Unrolled(mode="graph"))),
         ("vmap, mixed", "metacal", lambda: ours("vmap", Unrolled(segment=1))),
+        ("auto", "metacal", lambda: ours("auto", Unrolled(mode="auto", segment=1))),
     ]
     candidates += [(m.name, m.library, lambda m=m: looped(m)) for m in methods if m.kind == "exact" and m.library != "metacal"]  # type: ignore[misc]
     truth, unit = looped(METHODS["reverse"])(), num_tasks * STEPS * work(one_step(problems[0]))

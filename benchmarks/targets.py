@@ -231,7 +231,7 @@ _CONVEX = ("quadratic", "ridge", "logistic")
 
 def _tasks(results: Results) -> Found:
     rows = table(results, "tasks", num_tasks=32)
-    best = least(ours(rows, "loop, graph", "vmap, mixed"), "seconds")
+    best = least(ours(rows, "auto"), "seconds")
     theirs = least((row for row in rows if row["library"] == "higher"), "seconds")
     if best is None or theirs is None:
         return Found(None)

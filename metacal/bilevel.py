@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from metacal import optim, tree
+from metacal import _random, optim, tree
+from metacal._fastest import fastest
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint
 from metacal.estimate import HyperGradient, differentiate
@@ -31,6 +33,10 @@ class BilevelState(NamedTuple):
     opt_state: Tree
     adjoint: Tree
     step: Tensor
+
+
+Tasks = Literal["one", "loop", "vmap", "auto"]
+_Estimate = Callable[[InnerState, Tree, Sequence[Tree], Tree], HyperGradient]
 
 
 class BilevelOptimizer(NamedTuple):
@@ -74,7 +80,7 @@ def meta_initialisation(
     optimizer: OptimizerLike,
     *,
     hparams_optimizer: OptimizerLike | None = None,
-    tasks: Literal["one", "loop", "vmap"] = "one",
+    tasks: Tasks = "one",
 ) -> BilevelOptimizer:
     """Inner steps from the initial params, then one outer step on those *initial params*: MAML and its kin.
 
@@ -87,14 +93,16 @@ def meta_initialisation(
             the initialisation: solver and outer objective see the initial params as their hparams, so hparams must be empty.
         tasks: with "loop" or "vmap" every leaf of the batches has a leading task axis; the outer objective, its gradient and
             aux are means over the tasks, stats the largest, and the returned state has the task axis. "vmap" runs the tasks
-            together, which pays on a GPU and for small networks; measure on a CPU.
+            together, which pays on a GPU and for small networks. "auto" runs both ways twice at the first step and stays with the
+            faster one: the last digits then depend on the machine.
 
     Errors: an adjoint that does not estimate that derivative is refused.
 
     Source: Finn et al. 2017 (arXiv 1703.03400); Rajeswaran et al. 2019 (arXiv 1909.04630).
     """
-    if tasks not in ("one", "loop", "vmap"):
-        raise ValueError(f"`tasks` should be 'one', 'loop' or 'vmap', got {tasks!r}.")
+    if tasks not in get_args(Tasks):
+        raise ValueError(f"`tasks` should be 'one', 'loop', 'vmap' or 'auto', got {tasks!r}.")
+    found: list[str] = []  # which way was the faster one
 
     def init(params: Tree, hparams: Tree) -> BilevelState:
         if solver.anchor is not None and tree.leaves(hparams):
@@ -111,15 +119,12 @@ def meta_initialisation(
     def step(state: BilevelState, inner_batches: Sequence[Tree], outer_batch: Tree) -> tuple[BilevelState, HyperGradient]:
         start = state.inner.params
         hparams = start if solver.anchor is not None else state.hparams
-        if tasks == "one":
-            hg = estimate(state.inner, hparams, inner_batches, outer_batch)
-        elif tasks == "vmap":
-            together = torch.func.vmap(estimate, in_dims=(None, None, 0, 0), randomness="different")
-            hg = _over_tasks(together(state.inner, hparams, inner_batches, outer_batch))
-        else:
-            num_tasks = tree.leaves(outer_batch)[0].shape[0]
-            at = [(tree.index(list(inner_batches), k), tree.index(outer_batch, k)) for k in range(num_tasks)]
-            hg = _over_tasks(tree.stack([estimate(state.inner, hparams, i, o) for i, o in at]))
+        given = (state.inner, hparams, inner_batches, outer_batch)
+        if tasks == "auto" and not found:
+            with _random.preserved(start):
+                ways = {name: partial(way, estimate, *given) for name, way in _WAYS.items() if name != "one"}
+                found.append(fastest(ways, tree.leaves(start)[0].device))
+        hg = _WAYS[found[0] if found else tasks](estimate, *given)
         meta_gradient = _of_initial_params(hg, solver.anchor is not None)
         if hparams_optimizer is None:
             params, opt_state = _moved(optimizer, meta_gradient, state.opt_state, start)
@@ -136,6 +141,25 @@ def meta_initialisation(
 def _moved(optimizer: OptimizerLike, gradient: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
     updates, opt_state = optim.resolve(optimizer, ()).update(gradient, opt_state, params=params, inplace=False)
     return tree.add(params, updates), opt_state
+
+
+def _together(estimate: _Estimate, inner: InnerState, hparams: Tree, inner_batches: Sequence[Tree], outer_batch: Tree) -> HyperGradient:
+    return _over_tasks(
+        torch.func.vmap(estimate, in_dims=(None, None, 0, 0), randomness="different")(inner, hparams, inner_batches, outer_batch)
+    )
+
+
+def _in_a_loop(estimate: _Estimate, inner: InnerState, hparams: Tree, inner_batches: Sequence[Tree], outer_batch: Tree) -> HyperGradient:
+    num_tasks = tree.leaves(outer_batch)[0].shape[0]
+    at = [(tree.index(list(inner_batches), k), tree.index(outer_batch, k)) for k in range(num_tasks)]
+    return _over_tasks(tree.stack([estimate(inner, hparams, i, o) for i, o in at]))
+
+
+_WAYS: dict[str, Callable[..., HyperGradient]] = {
+    "one": lambda estimate, *given: estimate(*given),
+    "loop": _in_a_loop,
+    "vmap": _together,
+}
 
 
 def _over_tasks(hg: HyperGradient) -> HyperGradient:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metacal import linear, optim, tree
+from metacal import _fastest, bilevel, linear, optim, tree
 from metacal.algorithms import accuracy, anil, first_order_maml, imaml, maml, meta_sgd, reptile
 from metacal.data import Images
 from metacal.data.episodes import Episodes
@@ -67,6 +67,62 @@ def test_maml_moves_along_the_meta_gradient(num_steps: int, how: Any) -> None:
     value.backward()
     close(hg.value, value.detach(), 1e-12)
     close(state.inner.params, {k: (v - OUTER * v.grad).detach() for k, v in w.items()}, 1e-12)
+
+
+class Clock:
+    """Stands still but for what a way says that it took."""
+
+    def __init__(self) -> None:
+        self.now, self.calls = 0.0, []
+
+    def way(self, name: str, *seconds: float) -> Callable[[], None]:
+        taken = iter(seconds)
+
+        def run() -> None:
+            self.calls.append(name)
+            self.now += next(taken)
+
+        return run
+
+
+def test_the_fastest_way_is_that_of_the_best_of_two_runs_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(_fastest.time, "perf_counter", lambda: clock.now)
+    ways = {"steady": clock.way("steady", 3.0, 3.0), "warms up": clock.way("warms up", 9.0, 2.0), "fails": clock.way("fails")}
+    assert _fastest.fastest(ways, torch.device("cpu")) == "warms up"
+    assert clock.calls == ["steady", "warms up", "fails", "steady", "warms up"]
+    with pytest.raises(StopIteration):
+        _fastest.fastest({"fails": clock.way("fails")}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("faster", ["loop", "vmap"])
+def test_auto_stays_with_the_way_that_was_faster(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: list[list[str]] = []
+
+    def chosen(ways: dict[str, Callable[[], Any]], device: torch.device) -> str:
+        offered.append(sorted(ways))
+        torch.rand(3)
+        ways[faster]()
+        return faster
+
+    monkeypatch.setattr(bilevel, "fastest", chosen)
+    learner = maml(loss, LR, optim.sgd(OUTER), num_steps=2, tasks="auto")
+    by_hand = maml(loss, LR, optim.sgd(OUTER), num_steps=2, tasks=faster)
+    state = expected = learner.init(params())
+    before = torch.get_rng_state()
+    for _ in range(2):
+        state, expected = learner.step(state, *tasks())[0], by_hand.step(expected, *tasks())[0]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(ravel(state.inner.params), ravel(expected.inner.params))
+    assert offered == [["loop", "vmap"]], "once"
+
+
+def test_auto_goes_in_a_loop_where_vmap_cannot() -> None:
+    def reading(w: Any, batch: Tensor) -> Tensor:
+        return loss(w, batch) * (1.0 if bool(batch.sum() > -1e9) else 0.0)  # asks the host
+
+    state, _ = maml(reading, LR, optim.sgd(OUTER), tasks="auto").step(maml(reading, LR, optim.sgd(OUTER)).init(params()), *tasks())
+    close(ravel(state.inner.params), ravel(moved(maml(loss, LR, optim.sgd(OUTER), tasks="loop"))[0].inner.params), 1e-12)
 
 
 def test_first_order_maml_takes_the_gradient_where_the_steps_end() -> None:

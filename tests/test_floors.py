@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "metacal"
 FLOORS = (
     ("_typing",),
     ("tree",),
-    ("_checks", "_random", "modules"),
+    ("_checks", "_random", "_fastest", "modules"),
     ("operators", "optim", "tasks", "objectives", "nets"),
     ("linear",),
     ("inner",),

@@ -22,7 +22,7 @@ from metacal.estimate import HyperGradient
 from metacal.inner import InnerSolver, InnerState, OptimizerLike, descent, proximal, repeat, run
 
 TaskLoss = Callable[[Tree, Tree], Tensor]
-Tasks = Literal["loop", "vmap"]
+Tasks = Literal["loop", "vmap", "auto"]
 
 
 class MetaLearner(NamedTuple):

@@ -26,7 +26,7 @@ from torch import Tensor
 from metacal import operators, tree
 from metacal._typing import Objective, Tree
 from metacal.adjoints import Adjoint, Unrolled
-from metacal.bilevel import BilevelOptimizer, BilevelState, meta_initialisation, nested
+from metacal.bilevel import BilevelOptimizer, BilevelState, Tasks, meta_initialisation, nested
 from metacal.inner import InnerSolver, descent, proximal, repeat
 from metacal.optim import GradientTransformation, sgd
 from metacal.tc2.calibrate import Identity, Networks, check_num_factors
@@ -56,9 +56,7 @@ class Stage:
         if self.steps < 0 or self.lr < 0:
             raise ValueError(f"`steps` and `lr` should not be negative, got {self.steps} and {self.lr}.")
 
-    def meta(
-        self, outer: Objective, inner: Objective, optimizer: GradientTransformation, tasks: Literal["one", "loop", "vmap"]
-    ) -> BilevelOptimizer:
+    def meta(self, outer: Objective, inner: Objective, optimizer: GradientTransformation, tasks: Tasks) -> BilevelOptimizer:
         """The stage as the meta-learning of an initialisation."""
         return meta_initialisation(outer, self.solver(inner), self.adjoint, optimizer, tasks=tasks)
 
