@@ -93,7 +93,7 @@ _ROWS = (
     _compiled("mixed, CUDA graphs", Unrolled(), "cuda-graphs"),
     _ours("forward", "exact", "Forward()"),
     _ours("window 10", "approximate", "Unrolled(window=k)", number=10),
-    _ours("forward sketch 4", "approximate", "ForwardSketch(k)", number=4),
+    _ours("forward sketch 2", "approximate", "ForwardSketch(k)", number=2),
     _ours("finite difference", "approximate", "FiniteDifference(radius, a)"),
     _ours("SAMA", "approximate", "SAMA(radius)"),
     _ours("Neumann 20", "implicit", "Implicit(linear.Neumann(K, a))"),

@@ -36,8 +36,8 @@ def weighted_mlp(num_steps: int, *, width: int, batch: int, features: int = 784,
 
 
 def conv_cost(size: Size) -> Problem:
-    """Three layers of 32 channels."""
-    channels, batch, side = {"tiny": (2, 4, 8), "small": (32, 50, 28), "full": (32, 100, 28)}[size]
+    """Three layers of 16 channels, or 32."""
+    channels, batch, side = {"tiny": (2, 4, 8), "small": (16, 32, 28), "full": (32, 100, 28)}[size]
     apply, params = conv(channels, 10, size=side)
     problem = _classifier("conv", apply, params, (1, side, side), STEPS[size], batch, 1000)
     # At ten times the rate kinks of the ReLU are crossed one step earlier or later in float32, and its exact hypergradient is another.
@@ -46,7 +46,7 @@ def conv_cost(size: Size) -> Problem:
 
 def transformer_cost(size: Size) -> Problem:
     """A GPT of two blocks on random tokens."""
-    context, dim, heads, batch = {"tiny": (5, 8, 2, 3), "small": (32, 64, 4, 8), "full": (64, 128, 4, 16)}[size]
+    context, dim, heads, batch = {"tiny": (5, 8, 2, 3), "small": (32, 64, 4, 4), "full": (64, 128, 4, 16)}[size]
     num_weights, vocabulary, T = 1000, 64, STEPS[size]
     apply, params = gpt(vocabulary, context, dim, 2, heads)
     g = torch.Generator().manual_seed(0)

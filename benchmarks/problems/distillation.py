@@ -11,7 +11,7 @@ from benchmarks.problems import data
 from benchmarks.problems.nets import mlp
 from metacal._typing import Tree
 
-DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 20, 4), "small": (64, 500, 30), "full": (256, 5000, 100)}  # hidden, images, T
+DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 20, 4), "small": (64, 500, 15), "full": (256, 5000, 100)}  # hidden, images, T
 
 
 def distillation(size: Size) -> Problem:

@@ -19,7 +19,7 @@ from metacal._typing import Tree
 from metacal.data.episodes import Episode, Episodes
 
 WAYS, STRENGTH = 5, 2.0
-WIDTHS: dict[Size, int] = {"tiny": 2, "small": 32, "full": 64}
+WIDTHS: dict[Size, int] = {"tiny": 2, "small": 16, "full": 64}
 
 
 def episodes(num_tasks: int, size: Size, *, shots: int = 1, queries: int = 5) -> tuple[str, Episode]:
@@ -56,7 +56,7 @@ def maml(size: Size) -> Problem:
 
 def imaml(size: Size) -> Problem:
     """One task, 16 steps towards a solution that is tied to the initialisation."""
-    return _named(size, num_steps=4 if size == "tiny" else 16, strength=STRENGTH)
+    return _named(size, num_steps={"tiny": 4, "small": 8, "full": 16}[size], strength=STRENGTH)
 
 
 def _named(size: Size, num_steps: int, strength: float = 0.0) -> Problem:

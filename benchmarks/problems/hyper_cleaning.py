@@ -15,7 +15,7 @@ from metacal._typing import Tree
 
 Weights = Literal["samples", "network"]
 # Training images, validation images, T.
-DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (12, 10, 5), "small": (600, 300, 30), "full": (5000, 5000, 100)}
+DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (12, 10, 5), "small": (600, 300, 20), "full": (5000, 5000, 100)}
 DECAY, HIDDEN = 1e-3, 16
 
 

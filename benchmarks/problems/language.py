@@ -25,7 +25,7 @@ class Dimensions(NamedTuple):
 
 
 DIMENSIONS: dict[Size, Dimensions] = {
-    "tiny": Dimensions(6, 8, 1, 2, 4, 3), "small": Dimensions(32, 32, 2, 4, 16, 20), "full": Dimensions(64, 128, 4, 4, 32, 50),
+    "tiny": Dimensions(6, 8, 1, 2, 4, 3), "small": Dimensions(32, 32, 2, 4, 8, 8), "full": Dimensions(64, 128, 4, 4, 32, 50),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.problem import Problem, Rule, Size
 from metacal._typing import Tree
 
-DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (6, 3, 12), "small": (100, 40, 50), "full": (1000, 400, 200)}  # P, m, T
+DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (6, 3, 12), "small": (100, 40, 40), "full": (1000, 400, 200)}  # P, m, T
 CONDITION = 20.0
 
 

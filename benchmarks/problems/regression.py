@@ -12,7 +12,7 @@ from benchmarks.problems.nets import linear
 from metacal._typing import Tree
 
 # Features, documents, T.
-DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 40, 30), "small": (200, 600, 50), "full": (2000, 7000, 300)}
+DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 40, 30), "small": (200, 600, 30), "full": (2000, 7000, 300)}
 apply, _ = linear(1, 1)
 
 

@@ -13,7 +13,7 @@ from benchmarks.problems import data
 from benchmarks.problems.nets import mlp
 from metacal._typing import Tree
 
-DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 10, 4), "small": (64, 100, 20), "full": (256, 100, 60)}  # hidden, batch, T
+DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 10, 4), "small": (64, 100, 10), "full": (256, 100, 60)}  # hidden, batch, T
 
 
 def learning_rates(size: Size) -> Problem:

@@ -43,6 +43,7 @@ class Adjoint(ABC):
     def jvp(self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], d_params: Tree, d_hparams: Tree) -> Tree:
         """The tangent of the final params: needed only when a ``solve`` is differentiated in forward mode."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no forward-mode rule, which a `solve` inside an inner objective needs in mixed mode. "
+            f"{type(self).__name__} has no forward-mode rule, which a `solve` inside an inner objective needs where a level above "
+            "goes forward (Forward, a torch.func transform, compiled steps). "
             "Use Unrolled(mode='reverse') at the level above, or give the adjoint a `jvp`."
         )
