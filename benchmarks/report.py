@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 RESULTS, PAGE = "results.jsonl", "report.html"
 FLOOR = 1e-16  # where an error of zero is drawn
+NAMED = ("graph", "mixed", "forward", "CG 20", "Neumann 20", "first order")  # of the points; all names would cover each other
 IN_README = ("quadratic", "ridge", "cleaning-mnist-50-samples", "mlp", "conv", "transformer")
 
 
@@ -226,6 +227,8 @@ def _errors(results: Results, keys: Sequence[str]) -> Figure:
 
 
 def _error_panel(axes: Axes, rows: Sequence[Row], colours: dict[str, str]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     over = any(row.get("over_plain_steps") for row in rows)
     for row in rows:
         error, cost = row.get("relative_error"), row.get("over_plain_steps" if over else "seconds")
@@ -233,8 +236,12 @@ def _error_panel(axes: Axes, rows: Sequence[Row], colours: dict[str, str]) -> No
             continue
         place = cost, max(error, FLOOR)
         axes.scatter(*place, s=22, color=colours[row["library"]], marker=_MARKERS[row["kind"]], alpha=0.85, linewidths=0)
-        axes.annotate(row["method"], place, xytext=(3, 2), textcoords="offset points", fontsize=5.5)
+        if row["library"] == "metacal" and row["method"] in NAMED:
+            axes.annotate(row["method"], place, xytext=(3, 3), textcoords="offset points", fontsize=6.5)
     axes.set(xscale="log", yscale="log", xlabel="time / T plain steps" if over else "seconds", ylabel="relative error")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_title(rows[0]["problem"], fontsize="small")
     axes.grid(alpha=0.25)
 

@@ -28,22 +28,22 @@ class Axis(NamedTuple):
 AXES: dict[str, Axis] = {
     "steps": Axis(
         lambda x: weighted_mlp(x, width=64, batch=32, features=64),
-        {"tiny": (1, 4), "small": (1, 10, 100, 1000), "full": (1, 3, 10, 30, 100, 300, 1000)},
+        {"tiny": (1, 4), "small": (1, 100, 1000), "full": (1, 3, 10, 30, 100, 300, 1000)},
     ),
     "width": Axis(
         lambda x: weighted_mlp(20, width=x, batch=32, features=64),
-        {"tiny": (4, 8), "small": (16, 64, 256), "full": (16, 64, 256, 1024)},
+        {"tiny": (4, 8), "small": (16, 256), "full": (16, 64, 256, 1024)},
     ),
     "batch": Axis(
         lambda x: weighted_mlp(20, width=64, batch=x, features=64),
-        {"tiny": (1, 4), "small": (1, 32, 1000), "full": (1, 10, 100, 1000, 10_000)},
+        {"tiny": (1, 4), "small": (1, 1000), "full": (1, 10, 100, 1000, 10_000)},
     ),
     "hyperparameters": Axis(
         lambda x: weighted_mlp(20, width=64, batch=32, features=64, num_weights=x),
-        {"tiny": (2, 8), "small": (10, 1000, 100_000), "full": (1, 10, 100, 1000, 10_000, 100_000, 1_000_000)},
+        {"tiny": (2, 8), "small": (10, 100_000), "full": (1, 10, 100, 1000, 10_000, 100_000, 1_000_000)},
     ),
 }
-TASKS: dict[Size, tuple[int, ...]] = {"tiny": (1, 2), "small": (1, 8, 32), "full": (1, 2, 4, 8, 16, 32, 64)}
+TASKS: dict[Size, tuple[int, ...]] = {"tiny": (1, 2), "small": (1, 32), "full": (1, 2, 4, 8, 16, 32, 64)}
 OURS = ("graph", "mixed", "forward", "CG 20")
 ROUNDS: dict[Size, int] = {"tiny": 1, "small": 1, "full": 5}
 

@@ -26,23 +26,23 @@ def _cleaning(name: str, corruption: float, weights: Weights) -> Callable[[Size]
 PROBLEMS: dict[str, Row] = {
     "quadratic": Row(quadratic.quadratic),
     "ridge": Row(regression.ridge),
-    "logistic": Row(regression.logistic),
+    "logistic": Row(regression.logistic, small=False),
     **{
         f"cleaning-{name}-{100 * corruption:.0f}-{weights}": Row(
             _cleaning(name, corruption, weights),
-            small=(name, corruption, weights) in (("mnist", 0.5, "samples"), ("fashion_mnist", 0.9, "network")),
+            small=(name, corruption, weights) == ("mnist", 0.5, "samples"),
         )
         for name in ("mnist", "fashion_mnist")
         for corruption in (0.5, 0.7, 0.9)
         for weights in ("samples", "network")
     },
     "maml": Row(few_shot.maml),
-    "imaml": Row(few_shot.imaml),
+    "imaml": Row(few_shot.imaml, small=False),
     "distillation": Row(distillation.distillation),
     "learning-rates": Row(training_settings.learning_rates),
-    "augmentation": Row(training_settings.augmentation),
-    "language": Row(language.reweighting),
-    "tc2-calibrator": Row(tc2.calibrator_stage),
+    "augmentation": Row(training_settings.augmentation, small=False),
+    "language": Row(language.reweighting, small=False),
+    "tc2-calibrator": Row(tc2.calibrator_stage, small=False),
     "tc2-encoder": Row(tc2.encoder_stage),
     "mlp": Row(cost.mlp_cost, asks=cost.asks),
     "conv": Row(cost.conv_cost, asks=cost.asks),

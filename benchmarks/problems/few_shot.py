@@ -55,7 +55,7 @@ def maml(size: Size) -> Problem:
 
 
 def imaml(size: Size) -> Problem:
-    """One task, 16 steps towards a solution that is tied to the initialisation."""
+    """One task, 8 or 16 steps towards a solution that is tied to the initialisation."""
     return _named(size, num_steps={"tiny": 4, "small": 8, "full": 16}[size], strength=STRENGTH)
 
 
