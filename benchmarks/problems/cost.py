@@ -19,8 +19,8 @@ RULE = Rule("momentum", 0.02, 0.9)
 
 
 def asks(method: Method) -> bool:
-    """Whether a method's time and memory are what these networks are for: the exact ones, and the two solvers that every library has."""
-    return method.kind == "exact" or method.name.endswith(("Neumann 20", "CG 20"))
+    """Whether a method's time and memory are what these networks are for: those that are exact. Far from a minimum others are no match."""
+    return method.kind == "exact"
 
 
 def mlp_cost(size: Size) -> Problem:
