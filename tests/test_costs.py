@@ -242,6 +242,32 @@ PER_STEP = {
 }
 
 
+@pytest.mark.parametrize("operator", ["Hessian", "GaussNewton", "Jacobian"])
+def test_a_system_of_many_batches_holds_the_graph_of_one(operator: str) -> None:
+    apply, params, x = mlp()
+    x = x.repeat(200, 1)  # the activations are what counts
+    labels = torch.arange(len(x)) % 4
+
+    def loss(z: Tensor, h: Tree, b: Tree) -> Tensor:
+        return (h * F.cross_entropy(z, labels, reduction="none")).mean()
+
+    def inner(p: Tree, h: Tree, b: Tree) -> Tensor:
+        return loss(apply(p, b), h, b) + 0.5 * sum((v**2).sum() for v in p.values())
+
+    matrix = linear.GaussNewton(lambda p, h, b: apply(p, b), loss) if operator == "GaussNewton" else getattr(linear, operator)()
+    adjoint = adjoints.Implicit(linear.CG(3), operator=matrix, select=linear.every)
+    solver, weights = metacal.stationary(inner), torch.ones(len(x), dtype=torch.float64)
+    estimate = metacal.hypergradient(inner, solver, adjoint)
+
+    def peak(num_batches: int) -> int:
+        return peak_bytes(lambda: estimate(solver.init(params, weights), weights, [x] * num_batches, x))
+
+    peak(2)
+    few, many = peak(2), peak(8)
+    gradients = 6 * (weights.numel() * weights.element_size())  # of the mean over the batches: a term of F_h^T v for each
+    assert many <= 1.05 * few + gradients
+
+
 @pytest.mark.parametrize("operator", ["Hessian", "GaussNewton"])
 @pytest.mark.parametrize("name", PER_STEP)
 def test_a_linear_solvers_step_is_its_products(name: str, operator: str) -> None:
