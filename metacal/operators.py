@@ -229,7 +229,7 @@ def gradient(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree) 
     """``(grad_w L, new carry)``. Work: one forward and one backward pass."""
     total = accumulator(params) if loss.num_chunks > 1 else None
     for piece in loss.pieces(batch):
-        _, carry, (g,) = value_and_grad(lambda w, b=piece, c=carry: loss.fn(w, hparams, b, c), params, constants=hparams)
+        g, carry = _gradient(loss, params, hparams, piece, carry)
         total = g if total is None else tree.add(total, g)
     return (total if loss.num_chunks == 1 else _average(total, loss.num_chunks, params)), tree.detach(carry)
 
@@ -263,7 +263,7 @@ def hessian(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -
 
     if loss.num_chunks > 1 or loss.compiled or attached(params, hparams):
         return afresh
-    pull = vjp(lambda w: _recorded_gradient(loss, w, hparams, batch, carry)[0], params, retain_graph=True)[1]
+    pull = vjp(lambda w: _gradient(loss, w, hparams, batch, carry)[0], params, retain_graph=True)[1]
     return lambda direction: pull(direction)[0]
 
 
@@ -425,17 +425,18 @@ def _reverse_over_reverse(
 
     def gradient(w: Tree, *h: Tree) -> Tree:
         nonlocal moved
-        g, moved = _recorded_gradient(loss, w, h[0] if h else hparams, piece, carry)
+        g, moved = _gradient(loss, w, h[0] if h else hparams, piece, carry)
         return g
 
     _, pull = vjp(gradient, *variables(params), constants=hparams)
     return tuple(pull(direction)), tree.detach(moved)
 
 
-def _recorded_gradient(loss: Loss, w: Tree, h: Tree, piece: Tree, carry: Tree) -> tuple[Tree, Tree]:
-    """``grad_w L`` in a graph of its own, and the carry."""
+def _gradient(loss: Loss, w: Tree, h: Tree, piece: Tree, carry: Tree) -> tuple[Tree, Tree]:
+    """``grad_w L`` of one piece, and the carry."""
     _, moved, (g,) = value_and_grad(lambda w: loss.fn(w, h, piece, carry), w, constants=h)
-    if loss.code not in _twice_differentiable and not transforming():
+    # Looked at once, where somebody differentiates it.
+    if not transforming() and loss.code not in _twice_differentiable and any(leaf.requires_grad for leaf in tree.leaves(g)):
         _refuse_once_differentiable(g)
         _twice_differentiable.add(loss.code)
     return g, moved

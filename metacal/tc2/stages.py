@@ -99,6 +99,8 @@ def paper(
         warmup: iterations at the start without calibration [O].
         tasks: run stage 2's tasks in a loop or under vmap; measure which is faster.
     """
+    if tasks not in ("loop", "vmap"):
+        raise ValueError(f"`tasks` should be 'loop' or 'vmap', got {tasks!r}: an iteration is not the place to measure which is faster.")
     calibration = stable() if calibration is None else calibration
     _check_factors(problem, calibration)
     judges, weights = judged(pairing_matrix(pairing, problem.num_tasks))
