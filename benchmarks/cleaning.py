@@ -15,6 +15,7 @@ from benchmarks.methods import Method, Unsupported
 from benchmarks.problem import Problem, Size, to
 from benchmarks.problems.hyper_cleaning import Cleaning, cleaning, f1
 from metacal import optim, tree
+from metacal._fastest import wait
 from metacal._typing import Tree
 from metacal.adjoints import Implicit, Unrolled
 from metacal.linear import CG
@@ -95,8 +96,7 @@ def _course(given: Cleaning, learner: Learner, outer_steps: int) -> Iterator[Row
     for done in range(1, outer_steps + 1):
         began = time.perf_counter()
         h = next(steps)
-        if given.problem.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(given.problem.device)
         seconds += time.perf_counter() - began
         if done <= 10 or done % 5 == 0 or done == outer_steps:
             yield {"outer_step": done, "seconds": seconds, "peak_bytes": largest, **judge(given, h)}

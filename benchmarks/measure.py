@@ -17,6 +17,7 @@ import metacal
 from benchmarks.methods import Method, Unsupported
 from benchmarks.problem import Problem, astype
 from metacal import tree
+from metacal._fastest import wait
 from metacal._typing import Tree
 from metacal.adjoints import Unrolled
 from metacal.diagnostics import peak_bytes, work
@@ -84,10 +85,10 @@ def interleaved(
             break
         for name, call in calls.items():
             with _no_collection():
-                _wait(device)
+                wait(device)
                 start = time.perf_counter()
                 call()
-                _wait(device)
+                wait(device)
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -199,8 +200,3 @@ def _quiet(row: Row) -> Iterator[None]:
     said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     if said:
         row["warning"] = said[0]
-
-
-def _wait(device: torch.device | str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

@@ -21,20 +21,21 @@ def fastest(ways: Mapping[str, Callable[[], Any]], device: torch.device) -> str:
         for name, way in ways.items():
             if name in errors:
                 continue
-            _wait(device)
+            wait(device)
             began = time.perf_counter()
             try:
                 way()
             except Exception as error:
                 errors[name] = error
                 continue
-            _wait(device)
+            wait(device)
             seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - began)
     if not seconds:
         raise errors[next(iter(ways))]
     return min(seconds, key=seconds.__getitem__)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def wait(device: torch.device | str) -> None:
+    """Returns when the device has done what it was given."""
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metacal import _random, tree
+from metacal._fastest import wait
 from metacal._typing import Tree
 from metacal.adjoints import Unrolled
 from metacal.diagnostics.check import cosine, relative_error
@@ -230,8 +231,7 @@ class _Bench:
         return tensors[0].device if tensors else torch.device("cpu")
 
     def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait(self._device)
 
 
 class _Truths:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from metacal import _random, tree
+from metacal._fastest import wait
 from metacal._typing import Tree
 from metacal.adjoints import Unrolled
 from metacal.objectives import SIGReg
@@ -28,7 +29,7 @@ from metacal.train import checkpoint
 from metacal.train._files import replacing
 from metacal.train.config import Config
 from metacal.train.environment import resolve_device, seed_everything
-from metacal.train.experiment import BUDGET, Prepared, budget, prepare, pretrain, training_method, wait, write_settings
+from metacal.train.experiment import BUDGET, Prepared, budget, prepare, pretrain, training_method, write_settings
 from metacal.train.logs import Logs, read_metrics
 from metacal.train.loop import CHECKPOINTS, fit
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metacal import optim, tree
+from metacal._fastest import wait
 from metacal._typing import Tree
 from metacal.data import Augmentation, Images, augmenter, batch_indices, load, resize, split_validation, views
 from metacal.data.augment import families
@@ -468,9 +469,3 @@ def _own_draws(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def wait(device: torch.device) -> None:
-    """Returns when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
