@@ -84,6 +84,7 @@ def _compiled(name: str, adjoint: Adjoint, compile: bool | str = True) -> Method
 
 _ROWS = (
     _ours("graph", "exact", 'Unrolled(mode="graph")'),
+    _ours("graph, segments of 8", "exact", 'Unrolled(mode="graph", segment=k)', number=8),
     _ours("reverse", "exact", 'Unrolled(mode="reverse")'),
     _ours("mixed", "exact", "Unrolled()"),
     _ours("mixed, every state", "exact", "Unrolled(segment=1)"),

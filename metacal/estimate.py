@@ -171,7 +171,7 @@ def solve(
     _checks.differentiable_tree("params", params)
     _checks.differentiable_tree("hparams", hparams)
     _checks.one_device(params=params, hparams=hparams)
-    if isinstance(adjoint, Unrolled) and adjoint.mode == "graph":
+    if isinstance(adjoint, Unrolled) and adjoint.mode == "graph" and adjoint.segment in (None, 1):
         return _solve_in_one_graph(solver, params, hparams, batches, adjoint, stats)
     batches = [batches[i] for i in range(len(batches))]
     if not operators.transforming():

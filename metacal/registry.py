@@ -118,12 +118,17 @@ def _root(T: int) -> int:
 
 
 def _mixed(s: Sizes, T: int) -> float:
-    return 2 * _root(T) * (s.state_bytes + s.params_bytes) + 2 * s.activation_bytes
+    return 2 * _root(T) * s.state_bytes + 3 * s.activation_bytes
 
 
 def _graph(s: Sizes) -> float:
     # A step's graph keeps its activations, those of its backward pass, and the state that it makes.
     return s.num_steps * (2 * s.activation_bytes + s.state_bytes)
+
+
+def _graph_in_segments(s: Sizes) -> float:
+    k = min(s.number, s.num_steps)
+    return _graph(s._replace(num_steps=k)) + math.ceil(s.num_steps / k) * s.state_bytes
 
 
 def _one_step(s: Sizes) -> float:
@@ -134,27 +139,32 @@ _BOTH, _H = "hparams, initial params", "hparams"
 _UNROLLED = (
     Method(
         "Unrolled()", "exact", lambda s: adjoints.Unrolled(), _BOTH, "none",
-        "5.25 T at most", "2 √T states and gradients, one step's activations",
+        "5.25 T at most", "2 √T states, one step's double-backward graph; inside a transform gradients too",
         "a double backward of the objective; inside a transform forward-mode AD where there is", _cite("Kemaev et al. 2025", "2505.00793"),
         lambda s: 5.25 * s.num_steps, lambda s: _mixed(s, s.num_steps), initial_params=True, path=True,
     ),
     Method(
         "Unrolled(segment=1)", "exact", lambda s: adjoints.Unrolled(segment=1), _BOTH, "none",
-        "4.25 T at most", "T states and gradients, one step's activations", "the same", "the same",
+        "4.25 T at most", "T states, one step's double-backward graph", "the same", "the same",
         lambda s: 4.25 * s.num_steps,
-        lambda s: s.num_steps * (s.state_bytes + s.params_bytes) + 2 * s.activation_bytes, initial_params=True, path=True,
+        lambda s: s.num_steps * s.state_bytes + 3 * s.activation_bytes, initial_params=True, path=True,
     ),
     Method(
         'Unrolled(mode="reverse")', "exact", lambda s: adjoints.Unrolled(mode="reverse"), _BOTH, "none",
         "5.25 T at most; 4.25 T with `segment=1`", "2 √T states, one step's double-backward graph", "double backward; any solver",
         f"{_cite('Maclaurin et al. 2015', '1502.03492')}; {_cite('Franceschi et al. 2017', '1703.01785')}",
         lambda s: 5.25 * s.num_steps,
-        lambda s: 2 * _root(s.num_steps) * s.state_bytes + 3 * s.activation_bytes, initial_params=True, path=True,
+        lambda s: _mixed(s, s.num_steps), initial_params=True, path=True,
     ),
     Method(
         'Unrolled(mode="graph")', "exact", lambda s: adjoints.Unrolled(mode="graph"), _BOTH, "none",
         "3.25 T at most, the fastest", "the graph of all T steps", "no `torch.func` transform around it", "the same",
         lambda s: 3.25 * s.num_steps, _graph, initial_params=True, path=True,
+    ),
+    Method(
+        'Unrolled(mode="graph", segment=k)', "exact", lambda s: adjoints.Unrolled(mode="graph", segment=s.number), _BOTH, "none",
+        "4.25 T at most", "T / k states, the graph of k steps", "the same", _cite("Chen et al. 2016", "1604.06174"),
+        lambda s: 4.25 * s.num_steps, _graph_in_segments, initial_params=True, path=True,
     ),
     Method(
         'Unrolled(mode="auto")', "exact", lambda s: adjoints.Unrolled(mode="auto"), _BOTH, "none",
@@ -165,7 +175,7 @@ _UNROLLED = (
     Method(
         "Unrolled(offload=True)", "exact", lambda s: adjoints.Unrolled(offload=True), _BOTH, "none",
         "5.25 T at most, and copies", "on the device one state, one step's activations; the rest on the host", "host memory", "the same",
-        lambda s: 5.8 * s.num_steps, _one_step, initial_params=True, path=True,
+        lambda s: 5.5 * s.num_steps, lambda s: s.state_bytes + 3 * s.activation_bytes, initial_params=True, path=True,
     ),
     Method(
         "Forward()", "exact", lambda s: adjoints.Forward(), _H, "none",
@@ -180,7 +190,7 @@ _APPROXIMATE = (
     Method(
         "Unrolled(window=k)", "approximate", lambda s: adjoints.Unrolled(window=s.number), _H,
         "steps before the last k are left out", "T + 4.25 k at most; T + 3.25 k with `segment=1`",
-        "2 √k states and gradients, one step's activations", "as its mode", _cite("Shaban et al. 2019", "1810.10667"),
+        "2 √k states, one step's double-backward graph", "as its mode", _cite("Shaban et al. 2019", "1810.10667"),
         lambda s: s.num_steps + 4.25 * min(s.number, s.num_steps), lambda s: _mixed(s, min(s.number, s.num_steps)),
         kind="biased", path=True,
     ),

@@ -75,6 +75,7 @@ LIMITS = {
     "mixed, every state kept": (adjoints.Unrolled(segment=1), 4.25),
     "mixed, default segments": (adjoints.Unrolled(), 5.25),
     "graph": (adjoints.Unrolled(mode="graph"), 3.25),
+    "graph, in segments": (adjoints.Unrolled(mode="graph", segment=3), 4.25),
     "reverse, every state kept": (adjoints.Unrolled(mode="reverse", segment=1), 4.25),
 }
 

@@ -636,8 +636,8 @@ def best(sizes: Sizes, **wanted: Any) -> str:
 def test_clear_cases_have_clear_answers() -> None:
     assert best(SMALL) == 'Unrolled(mode="graph")'
     assert best(SMALL, memory=1 * MB) == "Unrolled(segment=1)"
-    assert best(SMALL, memory=0.35 * MB) == "Unrolled()"
-    assert best(SMALL, memory=0.3 * MB) == "Unrolled(offload=True)"
+    assert best(SMALL, memory=0.4 * MB) == "Unrolled()"
+    assert best(SMALL, memory=0.32 * MB) == "Unrolled(offload=True)"
     assert best(SMALL._replace(num_hparams=1)) == "Forward()"
     # Solved, and long: the solution's derivative does not pay for the steps.
     assert best(SMALL._replace(num_steps=2000), converged=True) == "Implicit(linear.CG(n))"
@@ -646,11 +646,11 @@ def test_clear_cases_have_clear_answers() -> None:
     assert best(SMALL._replace(num_steps=2000), converged=True, symmetric=False) == "Implicit(linear.Neumann(K, a))"
     # Learned rates: nothing implicit, whatever the steps reach.
     assert best(SMALL._replace(num_steps=2000), converged=True, path=True) == 'Unrolled(mode="graph")'
-    assert best(SMALL, initial_params=True, memory=0.3 * MB) == "Unrolled(offload=True)"
+    assert best(SMALL, initial_params=True, memory=0.32 * MB) == "Unrolled(offload=True)"
     assert best(SMALL, differentiable=False) == "ZerothOrder(k, radius)"
     # 10^8 params, 1000 steps, 16 GB: 2 sqrt(1000) states do not fit, a few copies do.
     assert best(LARGE, memory=16_000 * MB, converged=True) == "Implicit(linear.CG(n))"
-    assert best(LARGE, memory=10_000 * MB, path=True) == "Unrolled(offload=True)"
+    assert best(LARGE, memory=14_000 * MB, path=True) == "Unrolled(offload=True)"
     assert best(LARGE, loops=True, memory=16_000 * MB, converged=True) == "soba(a)"
 
 

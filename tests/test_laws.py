@@ -553,9 +553,9 @@ def test_law_2_modes_segments_and_windows_agree_with_the_written_out_loop(proble
         close(ravel(truth.params) @ u, slope[0], 1e-6)
 
     solver = metacal.descent(p.inner, row.build())
-    choices = [("mixed", None), ("mixed", 1), ("reverse", None), ("graph", None), ("auto", None)]
+    choices = [("mixed", None), ("mixed", 1), ("reverse", None), ("graph", None), ("graph", 3), ("auto", None)]
     if problem == "zero_dim":
-        choices += [("mixed", 3), ("mixed", 4), ("mixed", 9), ("reverse", 1), ("reverse", 3)]
+        choices += [("mixed", 3), ("mixed", 4), ("mixed", 9), ("reverse", 1), ("reverse", 3), ("graph", 1), ("graph", 9)]
     for mode, segment in choices:
         hg = estimate(p, solver, adjoints.Unrolled(mode=mode, segment=segment), num_steps)
         close(hg.value, truth.value, 1e-12)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple, get_args
 
@@ -15,13 +16,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from metacal import _random, operators, tree
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
-from metacal.inner import FirstBad, InnerSolver, InnerState, StateCotangent, advance, read
+from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, StateCotangent, advance, read
 
 Mode = Literal["mixed", "reverse", "graph", "auto"]
 
 
 class _Saved(NamedTuple):
-    """What a step started from: enough to compute it again, noise included. ``grads`` is there in mixed mode."""
+    """What a step started from: enough to compute it again, noise included. ``grads`` is there where the step is taken apart."""
 
     state: InnerState
     noise: _random.Noise
@@ -34,13 +35,14 @@ class Unrolled(Adjoint):
 
     Modes, in units of T plain training steps (F + 2F each), for a state of params and optimizer state:
 
-    - ``mixed`` (default): states are stored, and each step is pulled back through its update and then by one product with the full
-      Hessian: a double backward, or inside a ``torch.func`` transform forward over reverse. Work 3.3 - 4.2 (4.3 - 5.2 with
-      ``segment``); memory 2 sqrt(T) states and gradients plus one step's activations.
-    - ``reverse``: the same sweep with a double backward of the whole step, for solvers that are no :func:`metacal.descent`, and
-      without the gradients in memory. Work the same.
-    - ``graph``: one plain autograd graph of the whole run. Work 2.3 - 3.2, the fastest; memory grows with T. Cannot run inside a
-      ``torch.func`` transform.
+    - ``mixed`` (default): states are stored, and each step is pulled back by a double backward of it. Inside a ``torch.func``
+      transform, compiled, with micro-batches and where somebody differentiates the result, it goes back through the update and then
+      by one product with the full Hessian, forward over reverse, and the gradients are stored too. Work 3.3 - 4.2 (4.3 - 5.2
+      with ``segment``); memory 2 sqrt(T) states plus one step's activations.
+    - ``reverse``: a double backward of each step everywhere, which every solver has. Work and memory the same.
+    - ``graph``: one plain autograd graph of the whole run. Work 2.3 - 3.2, the fastest; memory grows with T. With ``segment`` one
+      graph at a time, of ``segment`` steps: work 3.0 - 4.2, memory T / segment states and segment steps' graphs. Cannot run
+      inside a ``torch.func`` transform.
     - ``auto``: ``graph`` or ``mixed``, whichever has the smaller peak of memory. The first step is taken as ``graph`` does it, and
       what its graph keeps, times T, is compared with what ``mixed`` would keep; then it is gone on from, or taken again. Where
       somebody differentiates the result, and inside a transform, it is ``mixed``. ``stats["kept_graph"]`` says which: 1 or 0.
@@ -48,7 +50,8 @@ class Unrolled(Adjoint):
     Args:
         mode: see above; all give the same number.
         window: differentiate only the last ``window`` steps (truncation); biased, and the initial params' cotangent is ``()``.
-        segment: keep every ``segment``-th state and re-run the steps between; 1 keeps all. Default: ceil(sqrt(steps)).
+        segment: keep every ``segment``-th state and re-run the steps between; 1 keeps all. Default: ceil(sqrt(steps)), and all of
+            them in ``graph``.
         offload: keep the stored states in host memory.
 
     The reverse sweep and the step of ``mixed``: ``ct <- J_t^T ct`` with ``w' = U(g(w, h), w, s, h)``, ``g = grad_w L``.
@@ -74,8 +77,11 @@ class Unrolled(Adjoint):
     ) -> tuple[InnerState, Pullback]:
         first, bad = self._first(batches), FirstBad()
         state = advance(solver, state, hparams, batches, 0, first, bad)
-        if self.mode == "graph":
-            return _graph(solver, state, hparams, batches, first, bad)
+        if self.mode == "graph" and operators.transforming():
+            raise RuntimeError(
+                "Unrolled(mode='graph') uses plain autograd, which a torch.func transform (vmap, grad, jvp ...) cannot see. "
+                "Use Unrolled(mode='mixed')."
+            )
         if self.mode == "auto":
             return self._auto(solver, state, hparams, batches, first, bad)
         return self._sweep(solver, state, hparams, batches, first, bad)
@@ -94,8 +100,8 @@ class Unrolled(Adjoint):
         return 0 if self.window is None else max(0, len(batches) - self.window)
 
     def _segment(self, steps: int) -> int:
-        # Keeping every state is one segment of all the steps: nothing is run again.
-        return steps if self.segment == 1 else self.segment or math.ceil(math.sqrt(steps))
+        # Keeping everything is one segment of all the steps: nothing is run again.
+        return steps if self.segment == 1 else self.segment or (steps if self.mode == "graph" else math.ceil(math.sqrt(steps)))
 
     def _auto(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
@@ -110,7 +116,8 @@ class Unrolled(Adjoint):
         bad.look(first, final.params)
         footprint = _Footprint.measured(begin, (h, batch), final, grads)
         del grads
-        if self._graph_is_smaller(steps, footprint):
+        apart = self._taken_apart(solver, state, hparams) is not None
+        if self._graph_is_smaller(steps, footprint, apart):
             with torch.enable_grad():
                 for t in range(first + 1, len(batches)):  # one by one, so that nothing here holds the first step's state
                     final = advance(solver, final, h, batches, t, t + 1, bad)
@@ -118,26 +125,25 @@ class Unrolled(Adjoint):
         del final
         _random.restore(noise)
         # What outlives the graph was none of its cost: constants that the objective closes over.
-        if self._graph_is_smaller(steps, footprint.without_survivors()):
-            return _reporting(1, *_graph(solver, state, hparams, batches, first, bad))
+        if self._graph_is_smaller(steps, footprint.without_survivors(), apart):
+            graph = replace(self, mode="graph", segment=None)
+            return _reporting(1, *graph._sweep(solver, state, hparams, batches, first, bad))
         return _reporting(0, *self._sweep(solver, state, hparams, batches, first, bad))
 
-    def _graph_is_smaller(self, steps: int, step: _Footprint) -> bool:
-        """T graphs against stored states and gradients, their cotangents, and the activations of one step with their tangents."""
+    def _graph_is_smaller(self, steps: int, step: _Footprint, apart: bool) -> bool:
+        """T graphs against stored states (and gradients), their cotangents, and the activations of one step with their tangents."""
         graph, activations, state = (sum(storages.values()) for storages in (step.graph, step.activations, step.start))
         segment = self._segment(steps)
-        stored = (math.ceil(steps / segment) + segment - 2) * state + segment * step.num_params
+        stored = (math.ceil(steps / segment) + segment - 2) * state + (segment * step.num_params if apart else 0)
         return steps * graph <= (0 if self.offload else stored) + 2 * (state + step.num_params + activations)
 
     def _sweep(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
     ) -> tuple[InnerState, Pullback]:
-        last, device = len(batches), _device(state)
-        segment = self._segment(max(1, last - first))
-        begins = range(first, last, segment)
+        device, apart = _device(state), self._taken_apart(solver, state, hparams)
+        segments = _segments(first, len(batches), self._segment(max(1, len(batches) - first)))
         starts: list[_Saved] = []  # one state per segment, kept
-        tape: list[_Saved] = []  # one entry per step of the segment at hand, consumed by the backward sweep
-        descent = None if self.mode == "reverse" else solver.descent
+        tape: list[_StatePullback] = []  # of the segment at hand, consumed by the backward sweep
 
         def save(state: InnerState, noise: _random.Noise, grads: Tree = None) -> _Saved:
             return _Saved(*((tree.to((state, noise, grads), "cpu")) if self.offload else (state, noise, grads)))
@@ -145,23 +151,41 @@ class Unrolled(Adjoint):
         def load(saved: _Saved) -> _Saved:
             return saved._replace(state=tree.to(saved.state, device), grads=tree.to(saved.grads, device)) if self.offload else saved
 
-        def record(state: InnerState, begin: int, bad: FirstBad | None = None) -> InnerState:
+        def step_pullback(saved: _Saved, t: int) -> _StatePullback:
+            def pull(ct: StateCotangent) -> tuple[StateCotangent, Tree]:
+                state, noise, grads = load(saved)
+                _random.restore(noise)
+                if apart:
+                    return apart.pullback(state, grads, hparams, batches[t], ct)
+                return _recorded(solver, state, hparams, batches, t, t + 1)[1](ct)
+
+            return pull
+
+        def record(state: InnerState, begin: int, end: int, bad: FirstBad | None = None) -> InnerState:
+            """Runs a segment and puts its pullbacks on the tape; ``bad`` watches the first time, when its final state is wanted."""
+            if self.mode == "graph":
+                state, pull = _recorded(solver, state, hparams, batches, begin, end, bad)
+                tape.append(pull)
+                return state
             noise = None
-            for t, batch in enumerate(read(batches, begin, min(begin + segment, last)), begin):
+            for t, batch in enumerate(read(batches, begin, end), begin):
                 noise = _random.same_or(noise, _random.noise(state.params))
-                after, grads = descent.step(state, hparams, batch) if descent else (solver.step(state, hparams, batch), None)
-                tape.append(save(state, noise, grads))
-                state = after
+                before, grads = state, None
+                if apart:
+                    state, grads = apart.step(state, hparams, batch)
+                elif bad is not None or t < end - 1:
+                    state = solver.step(state, hparams, batch)
+                tape.append(step_pullback(save(before, noise, grads), t))
                 if bad is not None:
                     bad.look(t, state.params)
             return state
 
-        for begin in begins:
+        for begin, end in segments:
             starts.append(save(state, _random.same_or(starts[-1].noise if starts else None, _random.noise(state.params))))
-            if begin == begins[-1]:
-                state = record(state, begin, bad)
+            if end == len(batches):
+                state = record(state, begin, end, bad)
             else:
-                state = advance(solver, state, hparams, batches, begin, begin + segment, bad)
+                state = advance(solver, state, hparams, batches, begin, end, bad)
 
         stats = {"first_bad_step": bad.step()}
 
@@ -170,48 +194,55 @@ class Unrolled(Adjoint):
             d_state = (ct, [torch.zeros_like(x) for x in tree.partition(state.opt_state)[0]])
             d_hparams = operators.accumulator(hparams)
             with _random.preserved(state.params):
-                for begin, start in zip(reversed(begins), reversed(starts), strict=True):
+                for (begin, end), start in zip(reversed(segments), reversed(starts), strict=True):
                     if not tape:
                         _random.restore(start.noise)
-                        record(load(start).state, begin)
-                    for t in reversed(range(begin, min(begin + segment, last))):
-                        saved = load(tape.pop())
-                        _random.restore(saved.noise)
-                        if descent:
-                            pulled = descent.pullback(saved.state, saved.grads, hparams, batches[t], d_state)
-                        else:
-                            pulled = _pull_reverse(solver, saved.state, hparams, batches[t], d_state)
-                        d_state, d_h = operators.released(pulled, keep_graph)
+                        record(load(start).state, begin, end)
+                    while tape:
+                        d_state, d_h = operators.released(tape.pop()(d_state), keep_graph)
                         d_hparams = tree.add(d_hparams, d_h)
             return Cotangents(() if first else d_state[0], tree.map(lambda d, h: d.to(h.dtype), d_hparams, hparams), stats)
 
         return state, pullback
 
+    def _taken_apart(self, solver: InnerSolver, state: InnerState, hparams: Tree) -> Descent | None:
+        """The parts of a step, where its pullback is more than a double backward of the whole of it."""
+        if self.mode not in ("mixed", "auto") or solver.descent is None:
+            return None
+        loss = solver.descent.objective
+        return solver.descent if operators.attached(state, hparams) or loss.compiled or loss.num_chunks > 1 else None
 
-def _pull_reverse(solver: InnerSolver, state: InnerState, hparams: Tree, batch: Tree, ct: StateCotangent) -> tuple[StateCotangent, Tree]:
+
+_StatePullback = Callable[[StateCotangent], tuple[StateCotangent, Tree]]
+
+
+def _segments(first: int, last: int, segment: int) -> list[tuple[int, int]]:
+    """Begin and end of each; the last one, which is not run again, is a whole one."""
+    ends = list(range(last, first, -segment))[::-1]
+    return list(itertools.pairwise([first, *ends]))
+
+
+def _recorded(
+    solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], begin: int, end: int, bad: FirstBad | None = None
+) -> tuple[InnerState, _StatePullback]:
+    """The state after steps ``begin`` to ``end``, and the pullback through a graph of all of them."""
     floating, combine = tree.partition(state.opt_state)
+    rest: tuple[Callable[[list[Tensor]], Tree], Tree]
 
-    def step(w: Tree, s: list[Tensor], h: Tree) -> StateCotangent:
-        after = solver.step(InnerState(w, combine(s), state.carry), h, batch)
-        return after.params, tree.partition(after.opt_state)[0]
+    def steps(w: Tree, s: list[Tensor], h: Tree) -> StateCotangent:
+        nonlocal rest
+        after = advance(solver, InnerState(w, combine(s), state.carry), h, batches, begin, end, bad)
+        floating, restore = tree.partition(after.opt_state)
+        rest = restore, tree.detach(after.carry)
+        return after.params, floating
 
-    _, pull = operators.vjp(step, state.params, floating, hparams)
-    w_bar, s_bar, h_bar = pull(ct)
-    return (w_bar, s_bar), h_bar
+    (w, s), pull = operators.vjp(steps, state.params, floating, hparams)
 
+    def pullback(ct: StateCotangent) -> tuple[StateCotangent, Tree]:
+        w_bar, s_bar, h_bar = pull(ct)
+        return (w_bar, s_bar), h_bar
 
-def _graph(
-    solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
-) -> tuple[InnerState, Pullback]:
-    if operators.transforming():
-        raise RuntimeError(
-            "Unrolled(mode='graph') uses plain autograd, which a torch.func transform (vmap, grad, jvp ...) cannot see. "
-            "Use Unrolled(mode='mixed')."
-        )
-    begin, h = _leaves(state, hparams)
-    with torch.enable_grad():
-        final = advance(solver, begin, h, batches, first, len(batches), bad)
-    return _ends(begin.params, h, final, bad, first > 0)
+    return InnerState(w, rest[0](s), rest[1]), pullback
 
 
 def _leaves(state: InnerState, hparams: Tree) -> tuple[InnerState, Tree]:
