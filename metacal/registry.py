@@ -168,8 +168,8 @@ _UNROLLED = (
     ),
     Method(
         'Unrolled(mode="auto")', "exact", lambda s: adjoints.Unrolled(mode="auto"), _BOTH, "none",
-        "that of `graph` or of `mixed`", "the smaller of the two, to 10%", "nothing", "the same",
-        lambda s: 3.25 * s.num_steps if _graph(s) < _mixed(s, s.num_steps) else 5.25 * s.num_steps,
+        "that of `graph` or of `mixed`, and 1", "the smaller of the two, to 10%", "nothing", "the same",
+        lambda s: (3.25 if _graph(s) < _mixed(s, s.num_steps) else 5.25) * s.num_steps + 1,
         lambda s: min(_graph(s), _mixed(s, s.num_steps)), initial_params=True, path=True,
     ),
     Method(

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from metacal import _random, operators, tree
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
+from metacal.adjoints.footprint import footprint
 from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, StateCotangent, advance, read
 
 Mode = Literal["mixed", "reverse", "graph", "auto"]
@@ -43,9 +42,9 @@ class Unrolled(Adjoint):
     - ``graph``: one plain autograd graph of the whole run. Work 2.3 - 3.2, the fastest; memory grows with T. With ``segment`` one
       graph at a time, of ``segment`` steps: work 3.0 - 4.2, memory T / segment states and segment steps' graphs. Cannot run
       inside a ``torch.func`` transform.
-    - ``auto``: ``graph`` or ``mixed``, whichever has the smaller peak of memory. The first step is taken as ``graph`` does it, and
-      what its graph keeps, times T, is compared with what ``mixed`` would keep; then it is gone on from, or taken again. Where
-      somebody differentiates the result, and inside a transform, it is ``mixed``. ``stats["kept_graph"]`` says which: 1 or 0.
+    - ``auto``: ``graph`` or ``mixed``, whichever has the smaller peak of memory. The first step is taken once more beforehand, as
+      ``graph`` does it, and what its graph keeps, times T, is compared with what ``mixed`` would keep. Where somebody differentiates
+      the result, and inside a transform, it is ``mixed``. ``stats["kept_graph"]`` says which: 1 or 0.
 
     Args:
         mode: see above; all give the same number.
@@ -106,36 +105,28 @@ class Unrolled(Adjoint):
     def _auto(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
     ) -> tuple[InnerState, Pullback]:
-        steps, noise = len(batches) - first, _random.noise(state.params)
-        if not steps or operators.attached(state, hparams):
-            return _reporting(0, *self._sweep(solver, state, hparams, batches, first, bad))
-        begin, h = _leaves(state, hparams)
-        (batch,) = read(batches, first, first + 1)
-        with torch.enable_grad():
-            final, grads = solver.descent.step(begin, h, batch) if solver.descent else (solver.step(begin, h, batch), None)
-        bad.look(first, final.params)
-        footprint = _Footprint.measured(begin, (h, batch), final, grads)
-        del grads
-        apart = self._taken_apart(solver, state, hparams) is not None
-        if self._graph_is_smaller(steps, footprint, apart):
-            with torch.enable_grad():
-                for t in range(first + 1, len(batches)):  # one by one, so that nothing here holds the first step's state
-                    final = advance(solver, final, h, batches, t, t + 1, bad)
-            return _reporting(1, *_ends(begin.params, h, final, bad, first > 0))
-        del final
-        _random.restore(noise)
-        # What outlives the graph was none of its cost: constants that the objective closes over.
-        if self._graph_is_smaller(steps, footprint.without_survivors(), apart):
-            graph = replace(self, mode="graph", segment=None)
-            return _reporting(1, *graph._sweep(solver, state, hparams, batches, first, bad))
-        return _reporting(0, *self._sweep(solver, state, hparams, batches, first, bad))
+        kept_graph = self._graph_is_smaller(solver, state, hparams, batches, first)
+        chosen = replace(self, mode="graph", segment=None) if kept_graph else self
+        final, pull = chosen._sweep(solver, state, hparams, batches, first, bad)
 
-    def _graph_is_smaller(self, steps: int, step: _Footprint, apart: bool) -> bool:
+        def pullback(ct: Tree) -> Cotangents:
+            found = pull(ct)
+            return found._replace(stats=found.stats | {"kept_graph": torch.tensor(int(kept_graph))})
+
+        return final, pullback
+
+    def _graph_is_smaller(self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int) -> bool:
         """T graphs against stored states (and gradients), their cotangents, and the activations of one step with their tangents."""
-        graph, activations, state = (sum(storages.values()) for storages in (step.graph, step.activations, step.start))
-        segment = self._segment(steps)
-        stored = (math.ceil(steps / segment) + segment - 2) * state + (segment * step.num_params if apart else 0)
-        return steps * graph <= (0 if self.offload else stored) + 2 * (state + step.num_params + activations)
+        steps, segment = len(batches) - first, self._segment(len(batches) - first)
+        if not steps or operators.attached(state, hparams):
+            return False
+        if steps == 1:  # no state to store, and the step would have to be taken again
+            return True
+        (batch,) = read(batches, first, first + 1)
+        step = footprint(solver, state, hparams, batch)
+        gradients = segment * step.params if self._taken_apart(solver, state, hparams) else 0
+        stored = 0 if self.offload else (math.ceil(steps / segment) + segment - 2) * step.state + gradients
+        return steps * step.graph <= stored + 2 * (step.state + step.params + step.activations)
 
     def _sweep(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
@@ -243,95 +234,6 @@ def _recorded(
         return (w_bar, s_bar), h_bar
 
     return InnerState(w, rest[0](s), rest[1]), pullback
-
-
-def _leaves(state: InnerState, hparams: Tree) -> tuple[InnerState, Tree]:
-    params, hparams = tree.map(lambda x: x.detach().requires_grad_(), (state.params, hparams))
-    return state._replace(params=params), hparams
-
-
-def _ends(start: Tree, h: Tree, final: InnerState, bad: FirstBad, truncated: bool) -> tuple[InnerState, Pullback]:
-    """The final state, cut from the graph that leads to it from the leaves ``start`` and ``h``, and the pullback along it."""
-    stats = {"first_bad_step": bad.step()}
-
-    def pullback(ct: Tree) -> Cotangents:
-        flat, treedef = tree.flatten((start, h))
-        pairs = [(y, c) for y, c in zip(tree.leaves(final.params), tree.leaves(ct), strict=True) if y.requires_grad]
-        ys, cts = zip(*pairs, strict=True) if pairs else ((), ())
-        found = torch.autograd.grad(ys, flat, cts, allow_unused=True)
-        d_start, d_hparams = tree.unflatten(treedef, [torch.zeros_like(x) if g is None else g for g, x in zip(found, flat, strict=True)])
-        return Cotangents(() if truncated else d_start, d_hparams, stats)
-
-    return tree.detach(final), pullback
-
-
-def _reporting(kept_graph: int, final: InnerState, pull: Pullback) -> tuple[InnerState, Pullback]:
-    def pullback(ct: Tree) -> Cotangents:
-        found = pull(ct)
-        return found._replace(stats=found.stats | {"kept_graph": torch.tensor(kept_graph)})
-
-    return final, pullback
-
-
-Storages = dict[StorageWeakRef, int]  # and their bytes
-
-
-class _Footprint(NamedTuple):
-    """What one step costs that is attached to a graph.
-
-    Attributes:
-        start: the storages of the params and the optimizer state that it began with.
-        num_params: the bytes of the params.
-        graph: what the step's graph has saved, beside the hparams and the batch.
-        activations: what the gradient's part of it has saved, beside the params as well.
-    """
-
-    start: Storages
-    num_params: int
-    graph: Storages
-    activations: Storages
-
-    @classmethod
-    def measured(cls, begin: InnerState, constants: Tree, after: InnerState, grads: Tree) -> _Footprint:
-        start, outside = _storages((begin.params, begin.opt_state)), _storages(constants).keys()
-        graph = _saved_by_graph(after)
-        gradient = graph if grads is None else _saved_by_graph(grads)
-        return cls(start, tree.num_bytes(begin.params), _less(graph, outside), _less(gradient, outside | start.keys()))
-
-    def without_survivors(self) -> _Footprint:
-        """Called when the graph is gone: what is still there belongs to somebody else (of later steps, the start does not)."""
-        alive = {storage for storage in self.graph if not storage.expired()} - self.start.keys()
-        return self._replace(graph=_less(self.graph, alive), activations=_less(self.activations, alive))
-
-
-def _less(storages: Storages, others: Set[StorageWeakRef]) -> Storages:
-    return {storage: size for storage, size in storages.items() if storage not in others}
-
-
-def _storages(value: Tree) -> Storages:
-    """The storages of a tree's tensors, and their bytes."""
-    storages = [x.untyped_storage() for x in tree.leaves(value) if isinstance(x, Tensor) and x.layout == torch.strided]
-    return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
-
-
-def _saved_by_graph(value: Tree) -> Storages:
-    """The storages that the autograd graph of a tree keeps for its backward pass, and their bytes."""
-    nodes = {leaf.grad_fn for leaf in tree.leaves(value) if isinstance(leaf, Tensor)}
-    waiting, saved = list(nodes), Storages()
-    while waiting:
-        node = waiting.pop()
-        if node is not None:
-            saved |= _storages([getattr(node, name) for name in _names_of_saved(type(node))])
-            found = {following for following, _ in node.next_functions} - nodes
-            nodes |= found
-            waiting.extend(found)
-    return saved
-
-
-@cache
-def _names_of_saved(node: type) -> list[str]:
-    # What torch exposes of a node's saved tensors: `_saved_self` and the like, and `saved_tensors` of Python's Functions.
-    return [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
 
 
 def _device(value: Tree) -> torch.device:
