@@ -34,8 +34,7 @@ def cold(method: Method) -> Learner:
         state = optimizer.init(h)
         while True:
             gradient = method.prepare(replace(problem, hparams=h))()
-            updates, state = optimizer.update(gradient, state, params=h, inplace=False)
-            h = tree.add(h, updates)
+            h, state = optim.moved(optimizer, gradient, state, h)
             yield h
 
     return learn

@@ -139,8 +139,7 @@ def meta_initialisation(
 
 
 def _moved(optimizer: OptimizerLike, gradient: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
-    updates, opt_state = optim.resolve(optimizer, ()).update(gradient, opt_state, params=params, inplace=False)
-    return tree.add(params, updates), opt_state
+    return optim.moved(optim.resolve(optimizer, ()), gradient, opt_state, params)
 
 
 def _together(estimate: _Estimate, inner: InnerState, hparams: Tree, inner_batches: Sequence[Tree], outer_batch: Tree) -> HyperGradient:

@@ -156,8 +156,7 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
         return operators.hessian(loss, params, hparams, batch, carry)
 
     def update(grads: Tree, params: Tree, opt_state: Tree, hparams: Tree) -> tuple[Tree, Tree]:
-        updates, opt_state = optim.resolve(optimizer, hparams).update(grads, opt_state, params=params, inplace=False)
-        return tree.add(params, updates), opt_state
+        return optim.moved(optim.resolve(optimizer, hparams), grads, opt_state, params)
 
     def step(state: InnerState, hparams: Tree, batch: Tree) -> tuple[InnerState, Tree]:
         grads, moved = operators.gradient(loss, state.params, hparams, batch, state.carry)

@@ -286,6 +286,20 @@ def test_update_leaves_its_input_alone(row: Row) -> None:
     assert first[1].step == 1
 
 
+@every_row
+def test_moved_is_params_plus_updates(row: Row) -> None:
+    """With numbers, tensors and inside a chain; in bfloat16 the state and the params keep their type."""
+    gradient = grad(row.objective)(row.params)
+    for optimizer in (row.build(), row.build(row.tensors()), optim.chain(optim.clip_by_global_norm(0.5), row.build())):
+        updates, state = optimizer.update(gradient, optimizer.init(row.params), params=row.params)
+        found, found_state = optim.moved(optimizer, gradient, optimizer.init(row.params), row.params)
+        assert close(found, optim.apply_updates(row.params, updates), 1e-15)
+        assert close(found_state, state, 0)
+    low = tree.to((gradient, row.params), torch.bfloat16)
+    found, _ = optim.moved(row.build(), low[0], row.build().init(low[1]), low[1])
+    assert {x.dtype for x in tree.leaves(found)} == {torch.bfloat16}
+
+
 @pytest.mark.cuda
 @every_row
 def test_hyperparameters_on_the_cpu_serve_params_on_a_gpu(row: Row) -> None:

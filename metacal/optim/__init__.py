@@ -32,6 +32,7 @@ from metacal.optim.transformation import GradientTransformation as GradientTrans
 from metacal.optim.transformation import Hyperparameter as Hyperparameter
 from metacal.optim.transformation import apply_updates as apply_updates
 from metacal.optim.transformation import chain as chain
+from metacal.optim.transformation import moved as moved
 from metacal.optim.transforms import add_decayed_weights as add_decayed_weights
 from metacal.optim.transforms import clip_by_global_norm as clip_by_global_norm
 from metacal.optim.transforms import clip_by_value as clip_by_value

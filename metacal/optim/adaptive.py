@@ -10,7 +10,7 @@ from torch import Tensor
 from metacal import tree
 from metacal._typing import Tree
 from metacal.optim.algebra import mix, plus_decay, root
-from metacal.optim.transformation import DifferentiableTransformation, Hyperparameter, at, checked, is_off, transformation
+from metacal.optim.transformation import DifferentiableTransformation, Hyperparameter, Multiple, at, checked, is_off, transformation
 
 
 class RMSpropState(NamedTuple):
@@ -58,7 +58,7 @@ def rmsprop(
         variance = tree.map(lambda v, mean: v - mean * mean, v, mean) if centered else v
         direction = tree.map(lambda g, variance: g / (root(variance) + epsilon), g, variance)
         m = tree.axpy(mu, state.momentum, direction) if with_momentum else ()
-        return tree.scale(-eta, m if with_momentum else direction), RMSpropState(state.step + 1, v, mean, m)
+        return Multiple(-eta, m if with_momentum else direction), RMSpropState(state.step + 1, v, mean, m)
 
     return transformation(init, rule)
 
@@ -143,6 +143,6 @@ def adadelta(
         v = mix(keep, state.square, tree.map(lambda g: g * g, g))
         d = tree.map(lambda a, v, g: (root(a + epsilon) / root(v + epsilon)) * g, state.delta, v, g)
         a = mix(keep, state.delta, tree.map(lambda d: d * d, d))
-        return tree.scale(-eta, d), AdadeltaState(state.step + 1, v, a)
+        return Multiple(-eta, d), AdadeltaState(state.step + 1, v, a)
 
     return transformation(init, rule)

@@ -13,6 +13,7 @@ from metacal.optim.algebra import mix, one_minus_power, plus_decay, root
 from metacal.optim.transformation import (
     DifferentiableTransformation,
     Hyperparameter,
+    Multiple,
     at,
     checked,
     checked_pair,
@@ -92,7 +93,7 @@ def _adam(
         direction, state = adam_direction(t, g, state, beta1, beta2, epsilon)
         if decoupled:
             direction = plus_decay(direction, decay, w)
-        return tree.scale(-eta, direction), state
+        return Multiple(-eta, direction), state
 
     return transformation(zero_moments, rule)
 
@@ -206,7 +207,7 @@ def nadam(
         direction = tree.map(lambda g, m, v: (a * g + b * m) / (root(v / c2) + epsilon), g, m, v)
         if decoupled_weight_decay:
             direction = plus_decay(direction, decay, w)
-        return tree.scale(-eta, direction), NAdamState(state.step + 1, m, v, product)
+        return Multiple(-eta, direction), NAdamState(state.step + 1, m, v, product)
 
     return transformation(init, rule)
 
@@ -253,7 +254,7 @@ def radam(
         direction = tree.map(of, state.mean, state.square)
         if decoupled_weight_decay:
             direction = plus_decay(direction, decay, w)
-        return tree.scale(-eta, direction), state
+        return Multiple(-eta, direction), state
 
     return transformation(zero_moments, rule)
 

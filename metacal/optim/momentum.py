@@ -14,7 +14,7 @@ from torch import Tensor
 from metacal import tree
 from metacal._typing import Tree
 from metacal.optim.algebra import at_least, given, plus_decay
-from metacal.optim.transformation import DifferentiableTransformation, Hyperparameter, at, checked, is_off, transformation
+from metacal.optim.transformation import DifferentiableTransformation, Hyperparameter, Multiple, at, checked, is_off, transformation
 
 
 class SGDState(NamedTuple):
@@ -60,11 +60,11 @@ def sgd(
         eta, mu, tau, decay = at(t, lr, momentum, dampening, weight_decay)
         g = plus_decay(g, decay, w)
         if not with_momentum:
-            return tree.scale(-eta, g), SGDState(state.step + 1, ())
+            return Multiple(-eta, g), SGDState(state.step + 1, ())
         damped = g if is_off(tau) else tree.scale(1 - tau * t.clamp(max=1), g)  # all of the first gradient
         m = tree.axpy(mu, state.momentum, damped)
         direction = tree.axpy(mu, m, g) if nesterov else m
-        return tree.scale(-eta, direction), SGDState(state.step + 1, m)
+        return Multiple(-eta, direction), SGDState(state.step + 1, m)
 
     return transformation(init, rule)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from metacal import tree
 from metacal._typing import Tree
 from metacal.optim.algebra import at_least, mix, plus_decay
-from metacal.optim.transformation import DifferentiableTransformation, Hyperparameter, at, checked, transformation
+from metacal.optim.transformation import DifferentiableTransformation, Hyperparameter, Multiple, at, checked, transformation
 
 
 class MuonState(NamedTuple):
@@ -82,7 +82,7 @@ def muon(
         m = mix(mu, state.mean, g)
         d = mix(mu, m, g) if nesterov else m
         direction = tree.map(lambda d: adjustment(*d.shape) * _newton_schulz(d, coefficients, ns_steps, epsilon), d)
-        return tree.scale(-eta, plus_decay(direction, decay, w)), MuonState(state.step + 1, m)
+        return Multiple(-eta, plus_decay(direction, decay, w)), MuonState(state.step + 1, m)
 
     return transformation(init, rule)
 

@@ -13,6 +13,7 @@ from metacal.optim.algebra import at_least, at_most, mix, plus_decay, sign
 from metacal.optim.transformation import (
     DifferentiableTransformation,
     Hyperparameter,
+    Multiple,
     at,
     checked,
     checked_pair,
@@ -113,6 +114,6 @@ def lion(
         eta, beta1, beta2, decay, width = at(t, lr, *betas, weight_decay, smoothing)
         c = mix(beta1, state.mean, g)
         direction = tree.map(sign if is_off(width) else lambda c: torch.tanh(c / width), c)
-        return tree.scale(-eta, plus_decay(direction, decay, w)), LionState(state.step + 1, mix(beta2, state.mean, g))
+        return Multiple(-eta, plus_decay(direction, decay, w)), LionState(state.step + 1, mix(beta2, state.mean, g))
 
     return transformation(init, rule)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from functools import reduce
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,11 +58,31 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     return tree.add(params, updates)
 
 
-Rule: TypeAlias = Callable[[Tensor, Tree, "Tree | None", Any], tuple[Tree, Any]]
+class Multiple(NamedTuple):
+    """The update ``factor direction``, not multiplied out: it can be added to the params in one pass."""
+
+    factor: float | Tensor
+    direction: Tree
+
+
+Rule: TypeAlias = Callable[[Tensor, Tree, "Tree | None", Any], "tuple[Tree | Multiple, Any]"]
 """``(t, grads, params, state) -> (updates, state)``: a step's formula; t counts the steps before this one, as a floating tensor."""
 
 
-def transformation(init: Callable[[Tree, Tensor], Any], rule: Rule) -> DifferentiableTransformation:
+class RuleTransformation(DifferentiableTransformation):
+    """One that :func:`transformation` made: with ``added=True`` its update returns the params after the step, not the updates."""
+
+
+def moved(transformation: GradientTransformation, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """A step out of place, ``(params + updates, state)``: in one pass over the params where the rule allows it."""
+    if isinstance(transformation, RuleTransformation):
+        after: tuple[Tree, Any] = transformation.update(grads, state, params=params, inplace=False, added=True)  # type: ignore[call-arg]
+        return after
+    updates, state = transformation.update(grads, state, params=params, inplace=False)
+    return tree.add(params, updates), state
+
+
+def transformation(init: Callable[[Tree, Tensor], Any], rule: Rule) -> RuleTransformation:
     """Makes torchopt's pair of ``init(params, step)`` and a rule; ``state.step`` counts the steps taken, in int64."""
 
     def init_fn(params: Tree) -> Any:
@@ -75,11 +95,15 @@ def transformation(init: Callable[[Tree, Tensor], Any], rule: Rule) -> Different
         device = leaves[0].device if leaves else None
         return init(params, torch.zeros((), dtype=torch.int64, device=device))
 
-    def update_fn(updates: Tree, state: Any, *, params: Tree | None = None, inplace: bool = True) -> tuple[Tree, Any]:
-        new_updates, new_state = rule(state.step.to(precision(updates)), updates, params, state)
-        return _in_precision_of(updates, new_updates), _in_precision_of(state, new_state)
+    def update_fn(updates: Tree, state: Any, *, params: Tree | None = None, inplace: bool = True, added: bool = False) -> tuple[Tree, Any]:
+        found, new_state = rule(state.step.to(precision(updates)), updates, params, state)
+        if isinstance(found, Multiple):
+            found = tree.axpy(*found, params) if added else tree.scale(*found)
+        elif added:
+            found = tree.add(params, found)
+        return _in_precision_of(params if added else updates, found), _in_precision_of(state, new_state)
 
-    return DifferentiableTransformation(init_fn, update_fn)
+    return RuleTransformation(init_fn, update_fn)
 
 
 def precision(values: Tree) -> torch.dtype:

@@ -152,8 +152,7 @@ def algorithm(
         bad = FirstBad()
         inner, adjoint, direction, outer, stats = move(state, list(read(inner_batches, 0, len(inner_batches))), outer_batch, bad)
         variables = (inner.params, state.hparams) if joint else state.hparams
-        updates, opt_state = optim.resolve(optimizer, ()).update(direction, state.opt_state, params=variables, inplace=False)
-        variables = tree.add(variables, updates)
+        variables, opt_state = optim.moved(optim.resolve(optimizer, ()), direction, state.opt_state, variables)
         inner, hparams = (inner._replace(params=variables[0]), variables[1]) if joint else (inner, variables)
         bad.look(max(len(inner_batches) - 1, 0), (inner.params, adjoint, direction, hparams))
         stats = {"first_bad_step": bad.step()} | stats

@@ -163,8 +163,8 @@ def _evolution(
         value, aux = tree.map(lambda x: x.mean(0), (L, aux))
         hg = HyperGradient(value, gradient, (), inner, stats, aux)
 
-        updates, opt_state = optim.resolve(optimizer, ()).update(gradient, opt_state, params=hparams, inplace=False)
-        hparams, t = tree.add(hparams, updates), t + 1
+        hparams, opt_state = optim.moved(optim.resolve(optimizer, ()), gradient, opt_state, hparams)
+        t = t + 1
         if unrolls is not None:
             ended = t % unrolls == 0
             inner = tree.map(lambda begin, now: torch.where(ended, begin, now), start, inner)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import operators, tree
+from metacal import operators, optim, tree
 from metacal._typing import Tree
 from metacal.objectives import ema
-from metacal.optim import GradientTransformation, apply_updates
+from metacal.optim import GradientTransformation
 from metacal.tc2.calibrate import Identity
 from metacal.tc2.conflict import pcgrad
 from metacal.tc2.problem import Problem
@@ -63,12 +63,6 @@ def moved(problem: Problem, state: MethodState) -> MethodState:
     return state._replace(target=target, step=state.step + 1)
 
 
-def descend(optimizer: GradientTransformation, gradient: Tree, params: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
-    """One step of a torchopt-style optimizer: ``(params, opt_state)``."""
-    updates, opt_state = optimizer.update(gradient, opt_state, params=params, inplace=False)
-    return apply_updates(params, updates), opt_state
-
-
 def base(problem: Problem, optimizer: GradientTransformation) -> Method:
     """The SSL objective alone, on the whole batch with all its views (controls 1 and 2, by the number of views)."""
     plain = replace(problem, calibrator=Identity(), statistics="task")  # there is one task, and it is the batch
@@ -78,7 +72,7 @@ def base(problem: Problem, optimizer: GradientTransformation) -> Method:
         batch, now = plain.together(views, state.target), replace(plain, carry=state.carry)
         loss, _, (gradient,) = operators.value_and_grad(lambda theta: (now.loss(theta, {}, nothing, batch), None), state.theta)
         state = state._replace(carry=now.next_carry(state.theta, {}, nothing, tree.map(lambda x: x[None], batch)))
-        theta, theta_opt = descend(optimizer, gradient, state.theta, state.theta_opt)
+        theta, theta_opt = optim.moved(optimizer, gradient, state.theta_opt, state.theta)
         return moved(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": loss}
 
     return Method(lambda: initial(problem, optimizer), step)
@@ -102,7 +96,7 @@ def project_conflicts(problem: Problem, optimizer: GradientTransformation, surge
             losses.append(loss)
             gradients.append(gradient)
         state = state._replace(carry=now.next_carry(state.theta, {}, nothing, batch))
-        theta, theta_opt = descend(optimizer, surgery(gradients), state.theta, state.theta_opt)
+        theta, theta_opt = optim.moved(optimizer, surgery(gradients), state.theta_opt, state.theta)
         return moved(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": torch.stack(losses).mean()}
 
     return Method(lambda: initial(problem, optimizer), step)

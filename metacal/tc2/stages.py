@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import operators, tree
+from metacal import operators, optim, tree
 from metacal._typing import Objective, Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.bilevel import BilevelOptimizer, BilevelState, Tasks, meta_initialisation, nested
@@ -31,7 +31,7 @@ from metacal.inner import InnerSolver, descent, proximal, repeat
 from metacal.optim import GradientTransformation, sgd
 from metacal.tc2.calibrate import Identity, Networks, check_num_factors
 from metacal.tc2.losses import CalibrationLoss, stable
-from metacal.tc2.method import Method, MethodState, descend, initial, moved
+from metacal.tc2.method import Method, MethodState, initial, moved
 from metacal.tc2.pairing import judged, pairing_matrix
 from metacal.tc2.problem import Problem, Views, mean_over_tasks, per_task
 
@@ -185,7 +185,7 @@ def lookahead(
             lambda theta: (mean_over_tasks(per_task(lambda task: now.loss(theta, state.phi, V, task), support)), None), state.theta
         )
         carry = now.next_carry(state.theta, state.phi, V, support)
-        theta, theta_opt = descend(optimizer, gradient, state.theta, state.theta_opt)
+        theta, theta_opt = optim.moved(optimizer, gradient, state.theta_opt, state.theta)
         return moved(problem, state._replace(theta=theta, theta_opt=theta_opt, carry=carry)), {"loss": loss, **metrics}
 
     def calibrate(state: MethodState, support: Views, query: Views, Z: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
