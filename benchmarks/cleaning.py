@@ -62,8 +62,9 @@ OURS = ("graph", "mixed", "CG 20", "Neumann 20", "T1-T2")
 
 
 def learners(methods: Iterable[Method]) -> dict[str, tuple[str, Learner]]:
-    """By name, each with its library."""
-    rows = [m for m in methods if (m.name in OURS if m.library == "metacal" else m.kind in ("exact", "implicit"))]
+    """By name, each with its library; not JAX, which would compile anew with each outer step's weights."""
+    others = [m for m in methods if m.library not in ("optax", "jaxopt")]
+    rows = [m for m in others if (m.name in OURS if m.library == "metacal" else m.kind in ("exact", "implicit"))]
     found: dict[str, tuple[str, Learner]] = {m.name: (m.library, cold(m)) for m in rows}
     return found | {name: ("metacal", warm(adjoint)) for name, adjoint in WARM.items()}
 

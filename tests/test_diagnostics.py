@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import metacal
 from metacal import adjoints, linear, optim, tree
 from metacal.adjoints import Adjoint, Cotangents
-from metacal.diagnostics import CheckResult, advise, check, compare, measure
+from metacal.diagnostics import CheckResult, advise, check, compare, measure, work
 from metacal.diagnostics.differences import central_difference
 from metacal.diagnostics.verdict import describe
 from metacal.estimate import Estimate
@@ -603,13 +604,13 @@ def test_the_picture_has_a_point_for_every_method(tmp_path: Path) -> None:
     )
     result.plot(tmp_path / "methods.png")
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
-    work, memory = axes = Figure().subplots(1, 2)
+    spent, memory = axes = Figure().subplots(1, 2)
     result.plot(axes)
-    drawn = [tuple(points.get_offsets()[0]) for points in work.collections]
+    drawn = [tuple(points.get_offsets()[0]) for points in spent.collections]
     assert drawn == [(row.work, max(row.relative_error, 1e-16)) for row in result.rows[:2]]
     assert [float(points.get_offsets()[0][0]) for points in memory.collections] == [row.peak_bytes for row in result.rows[:2]]
     with pytest.raises(ValueError, match="two axes"):
-        result.plot([work])
+        result.plot([spent])
 
 
 def test_compare_refuses_bad_input() -> None:
@@ -694,3 +695,15 @@ def test_every_adjoint_of_the_registry_is_ranked_or_refused() -> None:
     advice = advise(SMALL, loops=True)
     codes = {r.method.code for r in advice.ranking} | set(advice.refused)
     assert codes == {row.code for row in METHODS if row.family != "initialisation"}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_work_of_grouped_convolutions(transposed: bool) -> None:
+    """A gradient by images and weights is three times the convolution, groups or not; under vmap it is that of the loop."""
+    convolve = F.conv_transpose2d if transposed else F.conv2d
+    for groups in (1, 4):
+        x, w = torch.ones(2, 8, 10, 10, requires_grad=True), torch.ones(8, 8 // groups, 3, 3, requires_grad=True)
+        once = work(lambda x=x, w=w, groups=groups: convolve(x, w, groups=groups))
+        assert work(lambda x=x, w=w, groups=groups: convolve(x, w, groups=groups).sum().backward()) == 3 * once
+    gradient, x, w = torch.func.grad(lambda w, x: convolve(x, w).square().sum()), torch.ones(5, 2, 3, 8, 8), torch.ones(5, 3, 3, 3, 3)
+    assert work(lambda: torch.func.vmap(gradient)(w, x)) == 5 * work(lambda: gradient(w[0], x[0]))

@@ -12,6 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 
+def _convolution_backward(grad: Any, x: Any, w: Any, biases: Any, *settings: Any, out_val: Any = None) -> int:
+    # Each of the two derivatives costs what the convolution did. torch's own count multiplies the weight's by the groups, of which
+    # vmap makes one per task.
+    *how, wanted = settings
+    once: int = flop_registry[torch.ops.aten.convolution](x, w, None, *how, out_val=grad)
+    return once * (wanted[0] + wanted[1])
+
+
+_COUNTS = {**flop_registry, torch.ops.aten.convolution_backward: _convolution_backward}
+
+
 class _Work(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -19,7 +30,7 @@ class _Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func.overloadpacket)
+        count = _COUNTS.get(func.overloadpacket)
         if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=out)
         return out
