@@ -110,6 +110,30 @@ def test_work(net: str, limit: str) -> None:
     assert ratio >= 2
 
 
+def test_what_is_run_again() -> None:
+    """To the operation: the last segment is a whole one and not run again, nor is the last step of any where only states are wanted."""
+    apply, params, x = mlp()
+    labels, weights = torch.arange(8) % 4, torch.ones(8, dtype=torch.float64)
+
+    def inner(p: Tree, h: Tree, b: Tree) -> Tensor:
+        return (h * F.cross_entropy(apply(p, b), labels, reduction="none")).mean()
+
+    solver = metacal.descent(inner, optim.sgd(0.1, momentum=0.9))
+    state = solver.init(params, weights)
+
+    def steps(mode: Any, segment: int | None, num_steps: int = 9) -> float:
+        estimate = metacal.hypergradient(inner, solver, adjoints.Unrolled(mode, segment=segment))
+        return flops(lambda: estimate(state, weights, [x] * num_steps, x)) / flops(lambda: solver.step(state, weights, x))
+
+    # Nine steps in segments of four: one, four and four.
+    assert steps("graph", 4) - steps("graph", None) == pytest.approx(5)
+    for mode in ("reverse", "mixed"):
+        assert steps(mode, 4) - steps(mode, 1) == pytest.approx(3)
+    # Looking at a step beforehand costs one; where there is only one step it is not looked at.
+    assert steps("auto", None) - min(steps("mixed", None), steps("graph", None)) >= 1
+    assert steps("auto", None, 1) == steps("graph", None, 1)
+
+
 @pytest.mark.parametrize("net", NETS)
 def test_work_of_an_implicit_gradient(net: str) -> None:
     """A recorded gradient and K pulls of one to two, one mixed product, one residual, beside the run and the outer gradient."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metacal import optim, tree
 
@@ -298,6 +299,28 @@ def test_moved_is_params_plus_updates(row: Row) -> None:
     low = tree.to((gradient, row.params), torch.bfloat16)
     found, _ = optim.moved(row.build(), low[0], row.build().init(low[1]), low[1])
     assert {x.dtype for x in tree.leaves(found)} == {torch.bfloat16}
+
+
+class _Passes(TorchDispatchMode):
+    """Counts the operations that make a tensor of a shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += isinstance(out, Tensor) and out.shape == self.shape
+        return out
+
+
+def test_moved_is_one_pass() -> None:
+    w = torch.ones(7, 5)
+    for optimizer, passes in ((optim.sgd(0.1), 1), (optim.sgd(0.1, momentum=0.9), 2)):
+        state = optimizer.init(w)
+        with _Passes(w.shape) as counter:
+            optim.moved(optimizer, w, state, w)
+        assert counter.count == passes
 
 
 @pytest.mark.cuda

@@ -55,7 +55,7 @@ def initial(problem: Problem, optimizer: GradientTransformation, calibrator_opti
     return MethodState(theta, optimizer.init(theta), phi, phi_opt, problem.init_target(theta), torch.tensor(0), carry)
 
 
-def moved(problem: Problem, state: MethodState) -> MethodState:
+def ended(problem: Problem, state: MethodState) -> MethodState:
     """The end of an iteration: the target follows, the count goes up."""
     target = state.target
     if tree.leaves(target):
@@ -73,7 +73,7 @@ def base(problem: Problem, optimizer: GradientTransformation) -> Method:
         loss, _, (gradient,) = operators.value_and_grad(lambda theta: (now.loss(theta, {}, nothing, batch), None), state.theta)
         state = state._replace(carry=now.next_carry(state.theta, {}, nothing, tree.map(lambda x: x[None], batch)))
         theta, theta_opt = optim.moved(optimizer, gradient, state.theta_opt, state.theta)
-        return moved(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": loss}
+        return ended(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": loss}
 
     return Method(lambda: initial(problem, optimizer), step)
 
@@ -97,6 +97,6 @@ def project_conflicts(problem: Problem, optimizer: GradientTransformation, surge
             gradients.append(gradient)
         state = state._replace(carry=now.next_carry(state.theta, {}, nothing, batch))
         theta, theta_opt = optim.moved(optimizer, surgery(gradients), state.theta_opt, state.theta)
-        return moved(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": torch.stack(losses).mean()}
+        return ended(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": torch.stack(losses).mean()}
 
     return Method(lambda: initial(problem, optimizer), step)

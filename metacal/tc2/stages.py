@@ -31,7 +31,7 @@ from metacal.inner import InnerSolver, descent, proximal, repeat
 from metacal.optim import GradientTransformation, sgd
 from metacal.tc2.calibrate import Identity, Networks, check_num_factors
 from metacal.tc2.losses import CalibrationLoss, stable
-from metacal.tc2.method import Method, MethodState, initial, moved
+from metacal.tc2.method import Method, MethodState, ended, initial
 from metacal.tc2.pairing import judged, pairing_matrix
 from metacal.tc2.problem import Problem, Views, mean_over_tasks, per_task
 
@@ -131,7 +131,7 @@ def paper(
         metrics |= {"loss": hg.value, "first_bad_step": hg.stats.get("first_bad_step", torch.tensor(-1))}
         carry = now.next_carry(state.theta, state.phi, V, support)
         state = state._replace(theta=after.inner.params, theta_opt=after.opt_state, carry=carry)
-        return moved(problem, state), metrics
+        return ended(problem, state), metrics
 
     def calibrate(state: MethodState, represented: _Calibration) -> tuple[MethodState, dict[str, Tensor]]:
         now = replace(problem, carry=state.carry)
@@ -186,7 +186,7 @@ def lookahead(
         )
         carry = now.next_carry(state.theta, state.phi, V, support)
         theta, theta_opt = optim.moved(optimizer, gradient, state.theta_opt, state.theta)
-        return moved(problem, state._replace(theta=theta, theta_opt=theta_opt, carry=carry)), {"loss": loss, **metrics}
+        return ended(problem, state._replace(theta=theta, theta_opt=theta_opt, carry=carry)), {"loss": loss, **metrics}
 
     def calibrate(state: MethodState, support: Views, query: Views, Z: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
         now = replace(problem, carry=state.carry)
