@@ -295,7 +295,8 @@ class FirstBad:
     def look(self, t: int, params: Tree) -> None:
         """Looks at the params after step ``t``."""
         if leaves := tree.leaves(params):
-            self._looked.append((t, sum(leaf.detach().sum() for leaf in leaves)))
+            # In float32 at least: in float16 the sum of finite params overflows.
+            self._looked.append((t, sum(leaf.detach().sum(dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves)))
 
     def step(self) -> Tensor:
         """The first bad step, or -1."""

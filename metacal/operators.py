@@ -56,9 +56,9 @@ def _tensors(value: Tree) -> list[Tensor]:
     return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _alias(value: Tree, keep_graph: bool) -> Tree:
-    # Fresh nodes: d/d(alias) is the partial derivative, even where one argument was computed from another.
-    return tree.map(lambda x: x.view_as(x) if keep_graph and x.requires_grad else x.detach().requires_grad_(), value)
+def _alias(x: Tensor, keep_graph: bool) -> Tensor:
+    # A fresh node: d/d(alias) is the partial derivative, even where one argument was computed from another.
+    return x.view_as(x) if keep_graph and x.requires_grad else x.detach().requires_grad_()
 
 
 def value_and_grad(
@@ -84,19 +84,20 @@ def value_and_grad(
         with _differentiable_attention():
             grads, (value, aux_leaves) = _seen_through(torch.func.grad(scalar, has_aux=True), flat)
         return value, tree.unflatten(structure, aux_leaves), tree.unflatten(treedef, grads)
-    keep_graph = attached(primals, constants)
+    keep_graph = attached(flat, constants)
     with torch.enable_grad(), _differentiable_attention():
-        inputs = tuple(_alias(x, keep_graph) for x in primals)
-        value, aux = fn(*inputs)
+        flat = [_alias(x, keep_graph) for x in flat]
+        value, aux = fn(*tree.unflatten(treedef, flat))
         value = _checks.scalar(name, value)
         if not value.requires_grad:
             raise ValueError(_independent(name))
-        flat = tree.leaves(inputs)
         grads = torch.autograd.grad(value, flat, create_graph=keep_graph, allow_unused=True)
-    if all(g is None for g in grads[: len(tree.leaves(inputs[0]))]) and tree.leaves(inputs[0]):
-        raise ValueError(_independent(name))
-    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, flat, strict=True)]
-    return released(value, keep_graph), released(aux, keep_graph), tree.unflatten(treedef, released(filled, keep_graph))
+    if any(g is None for g in grads):
+        of_params = grads[: len(tree.leaves(primals[0]))]
+        if of_params and all(g is None for g in of_params):
+            raise ValueError(_independent(name))
+        grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, flat, strict=True)]
+    return released(value, keep_graph), released(aux, keep_graph), tree.unflatten(treedef, grads)
 
 
 def _seen_through(transform: Callable[..., Any], *args: Any) -> Any:
@@ -127,10 +128,10 @@ def vjp(fn: Callable[..., Tree], *primals: Tree, constants: Tree = (), retain_gr
     if transforming():
         return func_vjp(fn, *primals)
     keep_graph = attached(primals, constants)
+    flat, treedef = tree.flatten(primals)
     with torch.enable_grad():
-        inputs = tuple(_alias(x, keep_graph) for x in primals)
-        out = fn(*inputs)
-    flat, treedef = tree.flatten(inputs)
+        flat = [_alias(x, keep_graph) for x in flat]
+        out = fn(*tree.unflatten(treedef, flat))
 
     def pullback(cotangent: Tree) -> Any:
         create_graph = keep_graph or attached(cotangent)

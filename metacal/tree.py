@@ -111,6 +111,8 @@ def vdot(a: Tree, b: Tree) -> Tensor:
     """The inner product, a 0-dim tensor (0 for empty trees)."""
     # .sum() of the product and not torch.dot: leaves have any shape, and 0-dim ones are welcome.
     products = [(x * y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]
+    if len(products) == 1:
+        return products[0]
     return torch.stack(products).sum() if products else torch.zeros(())
 
 

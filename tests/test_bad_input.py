@@ -331,6 +331,15 @@ def test_an_inner_loop_that_turns_nan_is_reported(adjoint: Any, bad: int | None)
     assert int(first) == (-1 if bad is None else bad)
 
 
+def test_params_whose_sum_overflows_are_not_bad() -> None:
+    """In float16 the sum of 200,000 ones is infinite."""
+    solver = metacal.descent(lambda w, h, b: h * (w * w).mean(), optim.sgd(0.1))
+    w, h = torch.ones(200_000, dtype=torch.float16), torch.ones((), dtype=torch.float16)
+    assert w.sum().isinf()
+    estimate = metacal.hypergradient(lambda w, h, b: (w * w).mean(), solver, metacal.adjoints.Unrolled())
+    assert int(estimate(solver.init(w, h), h, metacal.repeat(None, 2), None).stats["first_bad_step"]) == -1
+
+
 def test_every_statistic_is_a_0_dim_tensor() -> None:
     for adjoint in ADJOINTS.values():
         for name, number in call(adjoint=adjoint).stats.items():

@@ -145,14 +145,15 @@ class Preconditioner(LinearSolver):
         built = self.inverse(matvec, b)
         v = built.apply(b)
         Av = matvec(v)
-        return LinearSolution(v, relative(tree.sub(b, Av), b), count(built.num_products + 1, b), widened(no_curvature(b), rayleigh(v, Av)))
+        return LinearSolution(v, relative(tree.sub(b, Av), b), count(built.num_products + 1, b), extremes(rayleigh(v, Av)[None]))
 
 
-def start(matvec: Matvec, b: Tree, x0: Tree | None) -> tuple[Tree, Tree, Tensor]:
-    """The first iterate, its residual, and the products that this took."""
+def start(A: Matvec, b: Tensor, x0: Tree | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The first iterate, its residual, and the products that this took; b and A are raveled."""
     if x0 is None:
-        return tree.zeros_like(b), b, count(0, b)
-    return x0, tree.sub(b, matvec(x0)), count(1, b)
+        return torch.zeros_like(b), b, count(0, b)
+    x = tree.ravel(x0)[0]
+    return x, b - A(x), count(1, b)
 
 
 def transposable(matvec: Matvec, like: Tree) -> tuple[LinearMap, int]:
@@ -163,27 +164,31 @@ def transposable(matvec: Matvec, like: Tree) -> tuple[LinearMap, int]:
     return LinearMap(matvec, lambda v: pull(v)[0]), 1
 
 
-def raveled(matvec: Matvec, like: Tree) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tree]]:
-    """``like`` as one vector [n], A as a map of such vectors, and the way back to trees."""
+def raveled(matvec: Matvec, like: Tree) -> tuple[Tensor, Matvec, Callable[[Tensor], Tree]]:
+    """``like`` as one vector [n], A as a map of such vectors, and the way back to trees.
+
+    A solver's own arithmetic is then a few operations on one tensor, however many leaves the tree has.
+    """
     vector, unravel = tree.ravel(like)
-    return vector, lambda v: tree.ravel(matvec(unravel(v)))[0], unravel
+
+    def on_vectors(product: Matvec) -> Matvec:
+        return lambda v: tree.ravel(product(unravel(v)))[0]
+
+    if isinstance(matvec, LinearMap):
+        return vector, LinearMap(on_vectors(matvec.apply), on_vectors(matvec.transpose)), unravel
+    return vector, on_vectors(matvec), unravel
 
 
 class Best(NamedTuple):
     """The iterate with the smallest residual so far."""
 
-    value: Tree
+    value: Tensor
     residual: Tensor
 
-    def or_better(self, value: Tree, residual: Tensor) -> Best:
+    def or_better(self, value: Tensor, residual: Tensor) -> Best:
         # Written so that a NaN is taken, and shows.
         take = ~(residual >= self.residual)
-        return Best(where(take, value, self.value), torch.where(take, residual, self.residual))
-
-
-def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
-    """Leafwise ``torch.where`` with one condition for the whole tree."""
-    return tree.map(lambda x, y: torch.where(condition, x, y), a, b)
+        return Best(torch.where(take, value, self.value), torch.where(take, residual, self.residual))
 
 
 def ratio(a: Tensor, b: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -192,26 +197,20 @@ def ratio(a: Tensor, b: Tensor, valid: Tensor | None = None) -> Tensor:
     return torch.where(valid, a / torch.where(valid, b, 1.0), 0.0)
 
 
-def no_curvature(b: Tree) -> Tensor:
-    """The curvature met before the first product: none."""
-    size = tree.vdot(b, b).detach()
-    return torch.full_like(torch.stack([size, size]), torch.nan)
-
-
-def rayleigh(p: Tree, Ap: Tree, counts: Tensor | None = None) -> Tensor:
-    """``<p, A p> / <p, p>``, NaN for a zero p and where it does not count. A diagnostic: nothing is differentiated through it."""
+def rayleigh(p: Tree, Ap: Tree) -> Tensor:
+    """``<p, A p> / <p, p>``, NaN for a zero p. A diagnostic: nothing is differentiated through it."""
     p, Ap = tree.detach(p), tree.detach(Ap)
-    quotient = tree.vdot(p, Ap) / tree.vdot(p, p)
-    return quotient if counts is None else torch.where(counts, quotient, torch.nan)
+    return tree.vdot(p, Ap) / tree.vdot(p, p)
 
 
-def widened(curvature: Tensor, quotient: Tensor) -> Tensor:
-    """The range of curvature with one more Rayleigh quotient, or several [n]; NaNs do not count."""
-    low = torch.where(quotient.isnan(), torch.inf, quotient).amin()
-    high = torch.where(quotient.isnan(), -torch.inf, quotient).amax()
-    none = low > high
-    low, high = torch.where(none, torch.nan, low), torch.where(none, torch.nan, high)
-    return torch.stack([torch.fmin(curvature[0], low), torch.fmax(curvature[1], high)])
+def extremes(quotients: Tensor) -> Tensor:
+    """The lowest and the highest of some Rayleigh quotients [n], as [2]; a NaN counts only where there is nothing else.
+
+    A diagnostic: nothing is differentiated through it.
+    """
+    unknown = quotients.isnan()
+    ends = torch.stack([torch.where(unknown, torch.inf, quotients).amin(), torch.where(unknown, -torch.inf, quotients).amax()])
+    return torch.where(unknown.all(), torch.nan, ends).detach()
 
 
 def rounding(size: Tensor) -> Tensor:

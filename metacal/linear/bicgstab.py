@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from metacal import tree
 from metacal._typing import Tree
-from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, no_curvature, over, ratio, rayleigh, rounding, start, widened
+from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, extremes, over, ratio, raveled, rayleigh, rounding, start
 
 
 @dataclass(frozen=True)
@@ -31,43 +32,42 @@ class BiCGSTAB(Krylov):
     products_per_step: ClassVar[int] = 2
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
-        x, r, num_products = start(matvec, b, x0)
-        shadow, p, norm = r, r, tree.norm(r)
+        right, A, unravel = raveled(matvec, b)
+        x, r, num_products = start(A, right, x0)
+        shadow, p, norm = r, r, vector_norm(r)
         rho = tree.vdot(shadow, r)
-        best, curvature, small = Best(x, norm), no_curvature(b), self.threshold(b)
-        live, largest, size = torch.ones_like(norm, dtype=torch.bool), torch.zeros_like(norm), tree.norm(b)
+        best, small, quotients = Best(x, norm), self.threshold(right), []
+        live, largest, size = torch.ones_like(norm, dtype=torch.bool), torch.zeros_like(norm), vector_norm(right)
 
-        def meant(x: Tree) -> Tensor:
+        def meant(x: Tensor) -> Tensor:
             # In a singular system x may run away until a product with it is all rounding.
-            return ~(rounding(largest * tree.norm(x)) > size)
+            return ~(rounding(largest * vector_norm(x)) > size)
 
         for _ in range(self.num_steps):
             live = live & ~(norm <= small)
-            Ap = matvec(p)
+            Ap = A(p)
             num_products = num_products + live
-            curvature = widened(curvature, rayleigh(p, Ap, live))
-            largest = torch.maximum(largest, ratio(tree.norm(Ap), tree.norm(p)))
+            quotients.append(torch.where(live, rayleigh(p, Ap), torch.nan))
+            largest = torch.maximum(largest, ratio(vector_norm(Ap), vector_norm(p)))
             against = tree.vdot(shadow, Ap)
             live = live & ~(rho == 0) & ~(against == 0)
-            live = live & meant(tree.axpy(ratio(rho, against, live), p, x))
+            live = live & meant(x + ratio(rho, against, live) * p)
             alpha = ratio(rho, against, live)
-            x = tree.axpy(alpha, p, x)
-            r = tree.axpy(-alpha, Ap, r)
-            norm = tree.norm(r)
+            x, r = x + alpha * p, r - alpha * Ap
+            norm = vector_norm(r)
             best = best.or_better(x, norm)
             live = live & ~(norm <= small)
-            Ar = matvec(r)
+            Ar = A(r)
             num_products = num_products + live
-            curvature = widened(curvature, rayleigh(r, Ar, live))
+            quotients.append(torch.where(live, rayleigh(r, Ar), torch.nan))
             omega = ratio(tree.vdot(Ar, r), tree.vdot(Ar, Ar), live)
-            live = live & meant(tree.axpy(omega, r, x))
+            live = live & meant(x + omega * r)
             omega = torch.where(live, omega, 0.0)
-            x = tree.axpy(omega, r, x)
-            r = tree.axpy(-omega, Ar, r)
-            norm = tree.norm(r)
+            x, r = x + omega * r, r - omega * Ar
+            norm = vector_norm(r)
             best = best.or_better(x, norm)
             live = live & ~(omega == 0)
             previous, rho = rho, tree.vdot(shadow, r)
             beta = ratio(rho * alpha, previous * omega, live)
-            p = tree.axpy(beta, tree.axpy(-omega, Ap, p), r)
-        return LinearSolution(best.value, over(best.residual, tree.norm(b)), num_products, curvature)
+            p = r + beta * (p - omega * Ap)
+        return LinearSolution(unravel(best.value), over(best.residual, size), num_products, extremes(torch.stack(quotients)))

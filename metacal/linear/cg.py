@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.linalg import vector_norm
 
 from metacal import tree
 from metacal._typing import Tree
@@ -13,13 +14,12 @@ from metacal.linear.base import (
     LinearSolution,
     Matvec,
     Preconditioner,
-    no_curvature,
+    extremes,
     over,
     ratio,
-    rayleigh,
+    raveled,
     rounding,
     start,
-    widened,
 )
 
 
@@ -57,32 +57,34 @@ class CG(Krylov):
             )
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
-        x, r, num_products = start(matvec, b, x0)
-        precondition, spent = (lambda r: r), 0
+        right, A, unravel = raveled(matvec, b)
+        x, r, num_products = start(A, right, x0)
+        precondition = lambda r: r  # noqa: E731
         if self.preconditioner is not None:
-            precondition, spent = self.preconditioner.inverse(matvec, b)
-        num_products = num_products + spent
+            inverse = self.preconditioner.inverse(matvec, b)
+            precondition = lambda r: tree.ravel(inverse.apply(unravel(r)))[0]  # noqa: E731
+            num_products = num_products + inverse.num_products
         p = z = precondition(r)
-        rz, norm = tree.vdot(r, z), tree.norm(r)
-        curvature, small = no_curvature(b), self.threshold(b)
-        live = torch.ones_like(norm, dtype=torch.bool)
+        rz, norm = tree.vdot(r, z), vector_norm(r)
+        small, live = self.threshold(right), torch.ones_like(norm, dtype=torch.bool)
+        highest, quotients = torch.full_like(norm, -torch.inf), []
         for _ in range(self.num_steps):
             # A NaN is not "converged": every comparison is written so that it goes on and shows in the residual.
             live = live & ~(norm <= small)
-            Ap = matvec(p)
+            Ap = A(p)
             pAp = tree.vdot(p, Ap)
             num_products = num_products + live
-            quotient = rayleigh(p, Ap, live)
-            flat = quotient <= rounding(torch.fmax(curvature[1], quotient.abs()))
-            curvature = widened(curvature, torch.where(flat, quotient.clamp(max=0.0), quotient))
+            quotient = torch.where(live, pAp / tree.vdot(p, p), torch.nan)
+            flat = quotient <= rounding(torch.fmax(highest, quotient.abs()))
+            quotients.append(torch.where(flat, quotient.clamp(max=0.0), quotient))
+            highest = torch.fmax(highest, quotients[-1])
             live = live & ~flat & ~(rz <= 0)
             alpha = ratio(rz, pAp, live)
-            x = tree.axpy(alpha, p, x)
-            r = tree.axpy(-alpha, Ap, r)
+            x, r = x + alpha * p, r - alpha * Ap
             z = precondition(r)
-            previous, rz, norm = rz, tree.vdot(r, z), tree.norm(r)
-            p = tree.axpy(ratio(rz, previous, live), p, z)
-        return LinearSolution(x, over(norm, tree.norm(b)), num_products, curvature)
+            previous, rz, norm = rz, tree.vdot(r, z), vector_norm(r)
+            p = z + ratio(rz, previous, live) * p
+        return LinearSolution(unravel(x), over(norm, vector_norm(right)), num_products, extremes(torch.stack(quotients)))
 
     def trouble(self, residual_norm: float, num_products: float, curvature_min: float, curvature_max: float) -> str | None:
         if curvature_min <= 0:

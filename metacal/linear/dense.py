@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metacal._typing import Tree
-from metacal.linear.base import Inverse, LinearSolution, Matvec, Preconditioner, count, no_curvature, raveled, relative, widened
+from metacal.linear.base import Inverse, LinearSolution, Matvec, Preconditioner, count, extremes, raveled, relative
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Dense(Preconditioner):
         vector, _, unravel = raveled(matvec, b)
         A = columns(matvec, b, self.chunk_size)
         x = self._factorized(A, vector)
-        curvature = widened(no_curvature(b), A.detach().diagonal())
-        return LinearSolution(unravel(x), relative(A @ x - vector, vector), count(len(vector), b), curvature)
+        return LinearSolution(unravel(x), relative(A @ x - vector, vector), count(len(vector), b), extremes(A.detach().diagonal()))
 
     def inverse(self, matvec: Matvec, like: Tree) -> Inverse:
         vector, _, unravel = raveled(matvec, like)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from metacal import tree
 from metacal._typing import Tree
 from metacal.linear.base import (
     Krylov,
@@ -17,12 +16,11 @@ from metacal.linear.base import (
     Matvec,
     accumulated,
     check_count,
-    no_curvature,
+    extremes,
     over,
     ratio,
     raveled,
     start,
-    widened,
 )
 from metacal.linear.orthogonal import against
 
@@ -56,13 +54,15 @@ class GMRES(Krylov):
             check_count("restart", self.restart, at_least=1)
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
-        first, r0, num_products = start(matvec, b, x0)
-        (r, A, unravel), x = raveled(matvec, r0), tree.ravel(first)[0]
-        at = _State(x, r, num_products, no_curvature(b), ~(tree.norm(r) <= self.threshold(b)), torch.zeros_like(num_products))
+        right, A, unravel = raveled(matvec, b)
+        x, r, num_products = start(A, right, x0)
+        small = self.threshold(right)
+        at = _State(x, r, num_products, (), ~(vector_norm(r) <= small), torch.zeros_like(num_products))
         length = min(self.restart or self.num_steps, len(x))  # the Krylov space is no larger than the whole
         for begin in range(0, self.num_steps, length):
-            at = _cycle(A, at, min(length, self.num_steps - begin), self.threshold(b))
-        return LinearSolution(unravel(at.x), over(tree.norm(at.r), tree.norm(b)), at.num_products, at.curvature)
+            at = _cycle(A, at, min(length, self.num_steps - begin), small)
+        curvature = extremes(torch.stack(at.quotients))
+        return LinearSolution(unravel(at.x), over(vector_norm(at.r), vector_norm(right)), at.num_products, curvature)
 
 
 class _State(NamedTuple):
@@ -71,15 +71,15 @@ class _State(NamedTuple):
     x: Tensor
     r: Tensor
     num_products: Tensor
-    curvature: Tensor
+    quotients: tuple[Tensor, ...]
     live: Tensor
     largest: Tensor  # |A q| of a unit vector: the scale of A
 
 
-def _cycle(A: Callable[[Tensor], Tensor], at: _State, num_steps: int, small: Tensor) -> _State:
+def _cycle(A: Matvec, at: _State, num_steps: int, small: Tensor) -> _State:
     """One Arnoldi process from the residual, and the least squares solution in its basis."""
-    x, r, num_products, curvature, live, largest = at
-    beta = tree.norm(r)
+    x, r, num_products, quotients, live, largest = at
+    beta = vector_norm(r)
     one = torch.ones_like(beta)
     basis = (ratio(one, beta) * r)[None]  # [k + 1, n], orthonormal rows
     columns: list[Tensor] = []  # of the Hessenberg matrix: A basis[k] = basis^T columns[k]
@@ -87,20 +87,20 @@ def _cycle(A: Callable[[Tensor], Tensor], at: _State, num_steps: int, small: Ten
     for k in range(num_steps):
         w = A(basis[k])
         num_products = num_products + live
-        largest = torch.maximum(largest, torch.where(live, tree.norm(w), 0.0))
+        largest = torch.maximum(largest, torch.where(live, vector_norm(w), 0.0))
         w, h = against(w, basis)
-        curvature = widened(curvature, torch.where(live, h[k], torch.nan))
-        following = tree.norm(w)
+        quotients = (*quotients, torch.where(live, h[k], torch.nan))
+        following = vector_norm(w)
         column = torch.where(live, torch.cat([h, following[None]]), 0.0)
         columns.append(torch.nn.functional.pad(column, (0, num_steps - k - 1)))
         live = live & ~(following <= accumulated(largest))  # the Krylov space is complete
         basis = torch.cat([basis, (ratio(one, following, live) * w)[None]])
         left = torch.cat([left, ratio(-(left @ h), following, live)[None]])
-        live = live & ~(beta <= small * tree.norm(left))
+        live = live & ~(beta <= small * vector_norm(left))
     H = torch.stack(columns, 1)  # [num_steps + 1, num_steps]
     target = torch.nn.functional.pad(beta[None], (0, num_steps))
     y = _least_squares(H, target, accumulated(largest))
-    return _State(x + y @ basis[:-1], (target - H @ y) @ basis, num_products, curvature, live, largest)
+    return _State(x + y @ basis[:-1], (target - H @ y) @ basis, num_products, quotients, live, largest)
 
 
 def _least_squares(H: Tensor, target: Tensor, negligible: Tensor) -> Tensor:

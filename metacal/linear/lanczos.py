@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from metacal import tree
 from metacal._typing import Tree
-from metacal.linear.base import Krylov, LinearSolution, Matvec, accumulated, no_curvature, over, ratio, raveled, rounding, start, widened
+from metacal.linear.base import Krylov, LinearSolution, Matvec, accumulated, extremes, over, ratio, raveled, rounding, start
 from metacal.linear.orthogonal import against
 
 
@@ -31,9 +31,9 @@ class Lanczos(Krylov):
     """
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
-        first, r0, num_products = start(matvec, b, x0)
-        r, A, unravel = raveled(matvec, r0)
-        small, beta = self.threshold(b), tree.norm(r)
+        right, A, unravel = raveled(matvec, b)
+        x, r, num_products = start(A, right, x0)
+        small, beta = self.threshold(right), vector_norm(r)
         one = torch.ones_like(beta)
         basis = (ratio(one, beta) * r)[None]  # [k + 1, n], orthonormal rows
         rows: list[tuple[Tensor, ...]] = []
@@ -43,7 +43,7 @@ class Lanczos(Krylov):
             w = A(basis[k])
             num_products = num_products + live
             w, h = against(w, basis)
-            alpha, before, following = h[k], following, tree.norm(w)
+            alpha, before, following = h[k], following, vector_norm(w)
             largest = torch.maximum(largest, alpha.abs() + following)
             forward = -forward if k == 0 else -before * forward / pivot
             pivot = alpha if k == 0 else alpha - before**2 / pivot
@@ -57,8 +57,8 @@ class Lanczos(Krylov):
         y = _galerkin(T, beta, used & _up_to_the_best(residuals, pivots, used))
         # The residual b - A v in the basis: |b| e_1 - T y, and one component beyond.
         e = torch.cat([beta[None] - T[:1] @ y, -T[1:] @ y, -betas[-1:] * y[-1:]])
-        curvature = widened(no_curvature(b), _ritz_values(T, used))
-        return LinearSolution(tree.add(first, unravel(y @ basis[:-1])), over(tree.norm(e), tree.norm(b)), num_products, curvature)
+        residual_norm, curvature = over(vector_norm(e), vector_norm(right)), extremes(_ritz_values(T, used))
+        return LinearSolution(unravel(x + y @ basis[:-1]), residual_norm, num_products, curvature)
 
 
 def _up_to_the_best(residuals: Tensor, pivots: Tensor, used: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.linalg import vector_norm
 
 from metacal import tree
 from metacal._typing import Tree
-from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, accumulated, no_curvature, over, ratio, rayleigh, start, widened
+from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, accumulated, extremes, over, ratio, raveled, start
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,27 @@ class MINRES(Krylov):
     """
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
-        x, r, num_products = start(matvec, b, x0)
-        beta = tree.norm(r)
+        right, A, unravel = raveled(matvec, b)
+        x, r, num_products = start(A, right, x0)
+        beta = vector_norm(r)
         one, zero = torch.ones_like(beta), torch.zeros_like(beta)
-        v, v_before = tree.scale(ratio(one, beta), r), tree.zeros_like(b)  # Lanczos vectors
-        w, w_before = tree.zeros_like(b), tree.zeros_like(b)  # directions of the update
+        v, v_before = ratio(one, beta) * r, torch.zeros_like(r)  # Lanczos vectors
+        w = w_before = torch.zeros_like(r)  # directions of the update
         c, s, c_before, s_before = one, zero, one, zero  # the last two rotations
         phi = beta  # |phi| is the residual norm
         beta = zero
-        best, curvature, small = Best(x, phi), no_curvature(b), self.threshold(b)
+        best, small = Best(x, phi), self.threshold(right)
+        quotients = []  # <v, A v> of unit vectors
         largest, live = zero, torch.ones_like(phi, dtype=torch.bool)
         for _ in range(self.num_steps):
             live = live & ~(phi.abs() <= small)
-            Av = matvec(v)
+            Av = A(v)
             num_products = num_products + live
-            curvature = widened(curvature, rayleigh(v, Av, live))
             # A v_k = beta_k v_{k-1} + alpha v_k + beta_{k+1} v_{k+1}
             alpha = tree.vdot(v, Av)
-            u = tree.axpy(-alpha, v, tree.axpy(-beta, v_before, Av))
-            following = tree.norm(u)
+            quotients.append(torch.where(live, alpha, torch.nan))
+            u = Av - beta * v_before - alpha * v
+            following = vector_norm(u)
             largest = torch.maximum(largest, alpha.abs() + following)
             # The new column (beta, alpha, following) of the tridiagonal matrix, rotated to (epsilon, delta, gamma)
             epsilon, rotated = s_before * beta, c_before * beta
@@ -54,11 +57,10 @@ class MINRES(Krylov):
             gamma = torch.hypot(gamma_bar, following)
             live = live & ~(gamma <= accumulated(largest))  # the rest of b is out of the range of A
             c_before, s_before, c, s = c, s, ratio(gamma_bar, gamma, live), ratio(following, gamma, live)
-            update = tree.axpy(-delta, w, tree.axpy(-epsilon, w_before, v))
-            w_before, w = w, tree.scale(ratio(one, gamma, live), update)
-            x = tree.axpy(c * phi, w, x)
+            w_before, w = w, ratio(one, gamma, live) * (v - epsilon * w_before - delta * w)
+            x = x + c * phi * w
             phi = torch.where(live, -s * phi, phi)
             live = live & ~(following <= accumulated(largest))  # the Krylov space is complete
-            v_before, v, beta = v, tree.scale(ratio(one, following), u), following
+            v_before, v, beta = v, ratio(one, following) * u, following
             best = best.or_better(x, phi.abs())
-        return LinearSolution(best.value, over(best.residual, tree.norm(b)), num_products, curvature)
+        return LinearSolution(unravel(best.value), over(best.residual, vector_norm(right)), num_products, extremes(torch.stack(quotients)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from metacal import tree
@@ -14,12 +15,12 @@ from metacal.linear.base import (
     LinearSolver,
     Matvec,
     check_count,
-    count,
-    no_curvature,
+    extremes,
     ratio,
+    raveled,
     rayleigh,
     relative,
-    widened,
+    start,
 )
 from metacal.linear.random import signs
 
@@ -66,33 +67,32 @@ class Neumann(LinearSolver):
             )
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
-        num_products = self.num_steps + (x0 is not None)
-        term = b if x0 is None else tree.sub(b, matvec(x0))
-        curvature = no_curvature(b)
+        right, A, unravel = raveled(matvec, b)
+        x, term, num_products = start(A, right, x0)
+        quotients = [right.new_full((), torch.nan)]
         step_size = self.step_size
         if step_size is None:
-            step_size, curvature = self._estimated(matvec, b, curvature)
-            num_products += self.power_steps
+            norm, quotients = self._norm(matvec, b)
+            step_size, num_products = ratio(torch.ones_like(norm), SAFETY * norm), num_products + self.power_steps
         total = term
         for _ in range(self.num_steps):
-            product = matvec(term)
-            curvature = widened(curvature, rayleigh(term, product))
-            term = tree.axpy(-step_size, product, term)  # (I - a A)^k b
-            total = tree.add(total, term)
-        value = tree.scale(step_size, total)
-        if x0 is not None:
-            value = tree.add(x0, value)
-        return LinearSolution(value, relative(term, b), count(num_products, b), curvature)
+            product = A(term)
+            quotients.append(rayleigh(term, product))
+            term = term - step_size * product  # (I - a A)^k b
+            total = total + term
+        value, num_products = x + step_size * total, num_products + self.num_steps
+        return LinearSolution(unravel(value), relative(term, right), num_products, extremes(torch.stack(quotients)))
 
-    def _estimated(self, matvec: Matvec, b: Tree, curvature: Tensor) -> tuple[Tensor, Tensor]:
-        (v,) = signs(b, 1)
-        norm = tree.norm(v)
+    def _norm(self, matvec: Matvec, b: Tree) -> tuple[Tensor, list[Tensor]]:
+        """|A| by power iterations, and the Rayleigh quotients on the way."""
+        v, A, _ = raveled(matvec, signs(b, 1)[0])
+        norm, quotients = tree.norm(v), []
         for _ in range(self.power_steps):
-            v = tree.scale(ratio(norm.new_ones(()), norm), v)
-            product = matvec(v)
-            curvature = widened(curvature, rayleigh(v, product))
+            v = ratio(torch.ones_like(norm), norm) * v
+            product = A(v)
+            quotients.append(rayleigh(v, product))
             v, norm = product, tree.norm(product)
-        return ratio(norm.new_ones(()), SAFETY * norm), curvature
+        return norm, quotients
 
     def trouble(self, residual_norm: float, num_products: float, curvature_min: float, curvature_max: float) -> str | None:
         if self.step_size is not None and float(self.step_size) * curvature_max >= 2:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch.linalg import vector_norm
 
 from metacal import tree
 from metacal._typing import Tree
@@ -14,14 +15,14 @@ from metacal.linear.base import (
     Krylov,
     LinearSolution,
     Matvec,
-    no_curvature,
+    extremes,
     over,
     ratio,
+    raveled,
     rayleigh,
     rounding,
     start,
     transposable,
-    widened,
 )
 
 
@@ -45,12 +46,13 @@ class NormalCG(Krylov):
     products_per_step: ClassVar[int] = 2
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
-        A, spent = transposable(matvec, b)
-        x, r, num_products = start(A, b, x0)
+        right, product, unravel = raveled(matvec, b)
+        A, spent = transposable(product, right)
+        x, r, num_products = start(A, right, x0)
         num_products = num_products + spent
-        p, norm = tree.zeros_like(b), tree.norm(r)
+        p, norm = torch.zeros_like(r), vector_norm(r)
         previous = largest = torch.zeros_like(norm)
-        best, curvature, small = Best(x, norm), no_curvature(b), self.threshold(b)
+        best, small, quotients = Best(x, norm), self.threshold(right), []
         live = torch.ones_like(norm, dtype=torch.bool)
         for _ in range(self.num_steps):
             live = live & ~(norm <= small)
@@ -58,15 +60,14 @@ class NormalCG(Krylov):
             ss = tree.vdot(s, s)
             num_products = num_products + live
             live = live & ~(ss <= rounding(largest * norm) ** 2)  # a least squares solution
-            p = tree.axpy(ratio(ss, previous), p, s)
+            p = s + ratio(ss, previous) * p
             Ap = A(p)
             size = tree.vdot(Ap, Ap)
             num_products = num_products + live
             largest = torch.maximum(largest, ratio(size, tree.vdot(p, p)).sqrt())
-            curvature = widened(curvature, rayleigh(p, Ap, live))
+            quotients.append(torch.where(live, rayleigh(p, Ap), torch.nan))
             alpha, previous = ratio(ss, size, live & ~(size <= 0)), ss
-            x = tree.axpy(alpha, p, x)
-            r = tree.axpy(-alpha, Ap, r)
-            norm = tree.norm(r)
+            x, r = x + alpha * p, r - alpha * Ap
+            norm = vector_norm(r)
             best = best.or_better(x, norm)
-        return LinearSolution(best.value, over(best.residual, tree.norm(b)), num_products, curvature)
+        return LinearSolution(unravel(best.value), over(best.residual, vector_norm(right)), num_products, extremes(torch.stack(quotients)))
