@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import metacal
-from benchmarks.measure import Row, peak
+from benchmarks.measure import Row, peaked
 from benchmarks.methods import Method, Unsupported
 from benchmarks.problem import Problem, Size, to
 from benchmarks.problems.hyper_cleaning import Cleaning, cleaning, f1
@@ -91,7 +91,7 @@ def run(name: str, corruption: float, methods: Iterable[Method], size: Size, dev
 def _course(given: Cleaning, learner: Learner, outer_steps: int) -> Iterator[Row]:
     rounds = learner(given.problem)
     next(rounds)  # warms up
-    largest = peak(lambda: next(rounds), given.problem.device) or None
+    largest = peaked(lambda: next(rounds), given.problem.device)[1] or None
     steps, seconds = learner(given.problem), 0.0
     for done in range(1, outer_steps + 1):
         began = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.nn import functional as F
 
-from benchmarks.measure import Row, interleaved, one_step, peak, spread, worked
+from benchmarks.measure import Row, interleaved, one_step, peaked, spread, worked
 from benchmarks.methods import METHODS, Method, Unsupported
 from benchmarks.problem import Size, to
 from benchmarks.problems.few_shot import WAYS, WIDTHS, episodes, task
@@ -61,10 +61,10 @@ def throughput(
         row = rows[name] = {"problem": f"MAML, {title}", "method": name, "library": library, "num_tasks": num_tasks}
         try:
             calls[name] = build()
-            found, done = worked(calls[name])
-            row |= {"relative_error": relative_error(found, truth), "work": done / unit or None}
+            done = worked(calls[name])[1]
+            found, largest = peaked(calls[name], device)
+            row |= {"relative_error": relative_error(found, truth), "work": done / unit or None, "peak_bytes": largest or None}
             del found
-            row["peak_bytes"] = peak(calls[name], device) or None
         except Unsupported as reason:
             row["unsupported"] = str(reason)
         except Exception as failure:

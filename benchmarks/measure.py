@@ -122,9 +122,7 @@ def measure(
             with _quiet(row):
                 call = prepare(problem)
                 done = worked(call)[1] if judged else 0
-                began = time.perf_counter()
-                found = call()
-                row["first_call_seconds"] = time.perf_counter() - began  # with compilation, where there is any
+                found, largest = peaked(call, device)
                 if kind != "limit" and judged:
                     row["relative_error"], row["cosine"] = error(found, truth)
                     if not math.isfinite(row["relative_error"]):
@@ -133,7 +131,7 @@ def measure(
                         row["solution_error"], _ = error(found, solution)
                 del found
                 # None for a library whose memory and products torch does not see.
-                row |= {"peak_bytes": peak(call, device) or None, "work": done / unit if unit and done else None}
+                row |= {"peak_bytes": largest or None, "work": done / unit if unit and done else None}
                 calls[name] = call
         except Unsupported as reason:
             row["unsupported"] = str(reason)
@@ -174,10 +172,12 @@ def worked(call: Callable[[], Any]) -> tuple[Any, int]:
     return results[0], done
 
 
-def peak(call: Callable[[], Any], device: torch.device | str) -> int:
-    """Peak of allocated bytes, beside what was there."""
+def peaked(call: Callable[[], Any], device: torch.device | str) -> tuple[Any, int]:
+    """What a call returns, and the peak of bytes that it allocates beside what was there."""
+    results: list[Any] = []
     gc.collect()
-    return peak_bytes(call, device)
+    largest = peak_bytes(lambda: results.append(call()), device)
+    return results[0], largest
 
 
 @contextmanager

@@ -77,7 +77,9 @@ def _compiled(name: str, adjoint: Adjoint, compile: bool | str = True) -> Method
             raise Unsupported("compiling takes longer than all of the problem")
         if compile == "cuda-graphs" and problem.device.type != "cuda":
             raise Unsupported("CUDA graphs need a CUDA device")
-        return _prepared(problem, adjoint, compile)
+        call = _prepared(problem, adjoint, compile)
+        call()  # compiles
+        return call
 
     return Method(name, "metacal", "exact", prepare)
 
