@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import measure, report, targets
+from benchmarks import cleaning, measure, report, scaling, targets
 from benchmarks.__main__ import main
 from benchmarks.methods import METHODS, Method, Unsupported
 from benchmarks.problem import Problem, Rule, astype, with_steps
@@ -238,6 +238,24 @@ def test_text_comes_with_python() -> None:
     assert len(data.prose()) > 300_000
     assert len(data.code()) > 300_000
     assert max(data.prose()) < 128
+
+
+def test_peers_take_the_longest_courses_no_further_than_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "AXES", {"steps": scaling.AXES["steps"]})
+    monkeypatch.setattr(scaling, "TASKS", {"tiny": ()})
+    monkeypatch.setattr(scaling, "LONGEST_OF_PEERS", {"tiny": 1})
+    rows = list(scaling.scaling([*METHODS.values(), Method("theirs", "higher", "exact", METHODS["graph"].prepare)], "tiny"))
+    taken = {x: {row["method"] for row in rows if row["x"] == x} for x in (1, 4)}
+    assert {"graph", "mixed", "theirs"} <= taken[1]
+    assert {"graph", "mixed", "plain steps"} <= taken[4]
+    assert "theirs" not in taken[4]
+
+
+def test_a_method_that_compiles_anew_with_each_step_learns_no_weights() -> None:
+    made = [Method(library, library, "exact", METHODS["graph"].prepare) for library in ("optax", "jaxopt", "higher")]
+    names = cleaning.learners([*METHODS.values(), *made])
+    assert "higher" in names
+    assert not {"optax", "jaxopt"} & set(names)
 
 
 def fabricated() -> list[dict[str, Any]]:
