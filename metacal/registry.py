@@ -236,7 +236,7 @@ def _implicit(
     products: str,
     count: Callable[[Sizes], int],
     memory: str = "one step's activations",
-    vectors: Callable[[Sizes], int] = lambda s: 4,
+    vectors: Callable[[Sizes], int] = lambda s: 7,
     needs: str,
     reference: str,
     kind: Kind = "solution",
@@ -277,27 +277,28 @@ _IMPLICIT = (
         lambda s: adjoints.Implicit(linear.Neumann(s.number, s.step_size), select=linear.every, stochastic=True), _H,
         "distance to the solution; that of K terms, in the mean", "5.2 T + 3.2 K at most", "one step's activations",
         "independent batches", _cite("Ji et al. 2021", "2010.07962"),
-        lambda s: 5.2 * s.num_steps + 3.2 * s.number, lambda s: _one_step(s) + 4 * s.params_bytes, kind="solution",
+        lambda s: 5.2 * s.num_steps + 3.2 * s.number, lambda s: _one_step(s) + 7 * s.params_bytes, kind="solution",
     ),
     _implicit(
         "linear.NormalCG(n)", lambda s: linear.NormalCG(s.number), bias=_DISTANCE, products="4.4 n", count=lambda s: 2 * s.number,
-        needs="any matrix; slow where ill-conditioned", reference="Hestenes & Stiefel 1952",
+        vectors=lambda s: 9, needs="any matrix; slow where ill-conditioned", reference="Hestenes & Stiefel 1952",
     ),
     _implicit(
         "linear.MINRES(n)", lambda s: linear.MINRES(s.number), bias=_DISTANCE, products="2.2 n", count=lambda s: s.number,
-        vectors=lambda s: 7, needs="symmetric, also indefinite", reference="Paige & Saunders 1975",
+        vectors=lambda s: 12, needs="symmetric, also indefinite", reference="Paige & Saunders 1975",
     ),
     _implicit(
         "linear.GMRES(n)", lambda s: linear.GMRES(s.number), bias=_DISTANCE, products="2.2 n", count=lambda s: s.number,
-        memory="n vectors like the params", vectors=lambda s: s.number + 2, needs="any matrix", reference="Saad & Schultz 1986",
+        memory="2 n vectors like the params", vectors=lambda s: 2 * s.number + 5, needs="any matrix", reference="Saad & Schultz 1986",
     ),
     _implicit(
         "linear.BiCGSTAB(n)", lambda s: linear.BiCGSTAB(s.number), bias=_DISTANCE, products="4.4 n", count=lambda s: 2 * s.number,
-        vectors=lambda s: 7, needs="any matrix; may break down", reference="van der Vorst 1992",
+        vectors=lambda s: 9, needs="any matrix; may break down", reference="van der Vorst 1992",
     ),
     _implicit(
         "linear.Lanczos(n)", lambda s: linear.Lanczos(s.number), bias=_DISTANCE, products="2.2 n", count=lambda s: s.number,
-        memory="n vectors like the params", vectors=lambda s: s.number + 2, needs="symmetric, also indefinite", reference="Lanczos 1952",
+        memory="2 n vectors like the params", vectors=lambda s: 2 * s.number + 5, needs="symmetric, also indefinite",
+        reference="Lanczos 1952",
     ),
     _implicit(
         "linear.Dense()", lambda s: linear.Dense(), bias="distance to the solution", products="2.2 P", count=lambda s: s.num_params,

@@ -16,7 +16,7 @@ from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, extremes, 
 
 @dataclass(frozen=True)
 class BiCGSTAB(Krylov):
-    """Stabilised biconjugate gradients, for any A, without its transpose and in the memory of seven vectors.
+    """Stabilised biconjugate gradients, for any A, without its transpose and in the memory of nine vectors.
 
     Two products per step: ``2 num_steps`` at most. No iterate is optimal and the residual may rise on the way, so the best one is
     returned; exact after n steps in exact arithmetic. A lane whose recurrence breaks down stands still.
@@ -53,7 +53,8 @@ class BiCGSTAB(Krylov):
             live = live & ~(rho == 0) & ~(against == 0)
             live = live & meant(x + ratio(rho, against, live) * p)
             alpha = ratio(rho, against, live)
-            x, r = x + alpha * p, r - alpha * Ap
+            x = x + alpha * p
+            r = r - alpha * Ap
             norm = vector_norm(r)
             best = best.or_better(x, norm)
             live = live & ~(norm <= small)
@@ -63,7 +64,8 @@ class BiCGSTAB(Krylov):
             omega = ratio(tree.vdot(Ar, r), tree.vdot(Ar, Ar), live)
             live = live & meant(x + omega * r)
             omega = torch.where(live, omega, 0.0)
-            x, r = x + omega * r, r - omega * Ar
+            x = x + omega * r
+            r = r - omega * Ar
             norm = vector_norm(r)
             best = best.or_better(x, norm)
             live = live & ~(omega == 0)

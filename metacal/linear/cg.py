@@ -27,7 +27,7 @@ from metacal.linear.base import (
 class CG(Krylov):
     """Conjugate gradients, for symmetric positive definite A: the k-th iterate minimises the energy ``<x, A x>/2 - <b, x>``.
 
-    ``num_steps`` products at most, and those of ``x0`` and of the preconditioner. Memory: five vectors. Exact after as many steps as
+    ``num_steps`` products at most, and those of ``x0`` and of the preconditioner. Memory: seven vectors. Exact after as many steps as
     A has distinct eigenvalues; the error in the A-norm shrinks by ``(sqrt(k)-1)/(sqrt(k)+1)`` per step for condition number k (of
     ``P A`` with a preconditioner P). Each iterate is better than those before it in that norm, so the last is returned, though the
     residual may rise on the way, above 1 too. A lane that meets a direction of non-positive curvature, to rounding, stands still
@@ -80,7 +80,8 @@ class CG(Krylov):
             highest = torch.fmax(highest, quotients[-1])
             live = live & ~flat & ~(rz <= 0)
             alpha = ratio(rz, pAp, live)
-            x, r = x + alpha * p, r - alpha * Ap
+            x = x + alpha * p
+            r = r - alpha * Ap
             z = precondition(r)
             previous, rz, norm = rz, tree.vdot(r, z), vector_norm(r)
             p = z + ratio(rz, previous, live) * p

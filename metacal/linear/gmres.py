@@ -29,7 +29,7 @@ from metacal.linear.orthogonal import against
 class GMRES(Krylov):
     """Generalised minimal residuals, for any A: the k-th iterate minimises ``|b - A x|`` over the Krylov space.
 
-    ``num_steps`` products at most. Memory: ``num_steps`` vectors, or ``restart``. Exact after n steps; the residual never rises.
+    ``num_steps`` products at most. Memory: twice ``num_steps`` vectors, or ``restart``. Exact after n steps; the residual never rises.
     Of a singular system it finds a solution where there is one in the Krylov space, else a least squares solution there.
 
     Args:

@@ -18,7 +18,7 @@ class Lanczos(Krylov):
     """Solves in the Lanczos basis V, ``v = |b| V T^-1 e_1``, for symmetric A that may be indefinite.
 
     The k-th iterate leaves a residual orthogonal to the Krylov space: in exact arithmetic that of conjugate gradients, for positive
-    definite A. Full orthogonalisation keeps it so in accumulated arithmetic, at a memory of ``num_steps`` vectors; ``num_steps``
+    definite A. Full orthogonalisation keeps it so in accumulated arithmetic, at a memory of twice ``num_steps`` vectors; ``num_steps``
     products at most. For indefinite A single iterates may not exist or be large, and the one with the smallest residual is returned.
     ``curvature`` holds the extreme Ritz values, the most that the products say about the ends of the spectrum.
 

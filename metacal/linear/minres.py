@@ -16,7 +16,7 @@ from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, accumulate
 class MINRES(Krylov):
     """Minimal residuals, for symmetric A that may be indefinite: the k-th iterate minimises ``|b - A x|`` over the Krylov space.
 
-    ``num_steps`` products at most. Memory: seven vectors. For positive definite A the residual shrinks by
+    ``num_steps`` products at most. Memory: twelve vectors. For positive definite A the residual shrinks by
     ``(sqrt(k)-1)/(sqrt(k)+1)`` per step for condition number k; for indefinite A with a spectrum symmetric about 0, by
     ``(k-1)/(k+1)`` per two steps. Of a singular system without a solution it finds a least squares solution.
 

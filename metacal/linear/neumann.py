@@ -32,9 +32,9 @@ SAFETY = 1.1
 class Neumann(LinearSolver):
     """The truncated Neumann series ``v_K = a sum_{k=0..K} (I - a A)^k b``.
 
-    K products. The error is ``(I - a A)^{K+1} A^-1 b``: it shrinks by ``max |1 - a eig(A)|`` per term and grows without bound
-    when ``a`` exceeds ``2 / max eig(A)``. K = 0 is ``a`` times the identity. v_K is returned whatever its residual; the reported
-    residual is that of ``v_{K-1}``, which costs nothing: the true one would take another product.
+    K products; memory: seven vectors. The error is ``(I - a A)^{K+1} A^-1 b``: it shrinks by ``max |1 - a eig(A)|`` per term and
+    grows without bound when ``a`` exceeds ``2 / max eig(A)``. K = 0 is ``a`` times the identity. v_K is returned whatever its
+    residual; the reported residual is that of ``v_{K-1}``, which costs nothing: the true one would take another product.
 
     With ``step_size=None``, a = 1 / (1.1 |A|), the norm estimated by ``power_steps`` power iterations (a product each) from
     fixed random signs, which have every direction in them, also those that b hardly has. A symmetric A is assumed.

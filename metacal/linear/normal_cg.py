@@ -32,7 +32,7 @@ class NormalCG(Krylov):
 
     The k-th iterate minimises the residual over span(A^T b, (A^T A) A^T b, ...); of a singular system without a solution it finds
     the least squares solution. Two products per step, one with A and one with A^T: ``2 num_steps`` at most, and one more where A is
-    a plain function, whose transpose is derived. Memory: five vectors. Slow where A is ill-conditioned: the condition number is
+    a plain function, whose transpose is derived. Memory: nine vectors. Slow where A is ill-conditioned: the condition number is
     squared.
 
     Source: Hestenes & Stiefel 1952, section 10; Saad, Iterative Methods for Sparse Linear Systems, algorithm 8.4.
@@ -67,7 +67,8 @@ class NormalCG(Krylov):
             largest = torch.maximum(largest, ratio(size, tree.vdot(p, p)).sqrt())
             quotients.append(torch.where(live, rayleigh(p, Ap), torch.nan))
             alpha, previous = ratio(ss, size, live & ~(size <= 0)), ss
-            x, r = x + alpha * p, r - alpha * Ap
+            x = x + alpha * p
+            r = r - alpha * Ap
             norm = vector_norm(r)
             best = best.or_better(x, norm)
         return LinearSolution(unravel(best.value), over(best.residual, vector_norm(right)), num_products, extremes(torch.stack(quotients)))
