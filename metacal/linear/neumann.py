@@ -72,7 +72,7 @@ class Neumann(LinearSolver):
         quotients = [right.new_full((), torch.nan)]
         step_size = self.step_size
         if step_size is None:
-            norm, quotients = self._norm(matvec, b)
+            norm, quotients = self._norm(A, tree.ravel(signs(b, 1)[0])[0])
             step_size, num_products = ratio(torch.ones_like(norm), SAFETY * norm), num_products + self.power_steps
         total = term
         for _ in range(self.num_steps):
@@ -83,9 +83,8 @@ class Neumann(LinearSolver):
         value, num_products = x + step_size * total, num_products + self.num_steps
         return LinearSolution(unravel(value), relative(term, right), num_products, extremes(torch.stack(quotients)))
 
-    def _norm(self, matvec: Matvec, b: Tree) -> tuple[Tensor, list[Tensor]]:
-        """|A| by power iterations, and the Rayleigh quotients on the way."""
-        v, A, _ = raveled(matvec, signs(b, 1)[0])
+    def _norm(self, A: Matvec, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """|A| by power iterations from v, and the Rayleigh quotients on the way."""
         norm, quotients = tree.norm(v), []
         for _ in range(self.power_steps):
             v = ratio(torch.ones_like(norm), norm) * v
