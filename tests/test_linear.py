@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metacal
 from metacal import adjoints, linear
@@ -382,6 +383,38 @@ def test_products_are_counted_and_none_is_wasted(name: str) -> None:
         counter = Counted(A, like)
         solution = SOLVERS[name].solve(counter.map(), unravel(like, b), unravel(like, b))
         assert int(solution.num_products) == counter.calls == PRODUCTS[name] + 1
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute, which views do not."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", [linear.CG, linear.MINRES, linear.BiCGSTAB, linear.NormalCG, lambda n: linear.Neumann(n, 0.5)])
+def test_a_step_computes_as_much_however_many_leaves_there_are(solver: Callable[[int], linear.LinearSolver]) -> None:
+    """Beyond the product itself, here one operation for each leaf."""
+
+    def of_a_step(num_leaves: int) -> float:
+        scales = {str(i): torch.linspace(1.0, 2.0, 60 // num_leaves, dtype=F64) + i for i in range(num_leaves)}
+
+        def product(v: Tree) -> Tree:
+            return {name: scale * v[name] for name, scale in scales.items()}
+
+        def operations(num_steps: int) -> int:
+            with Operations() as counted:
+                made = solver(num_steps)
+                made.solve(linear.LinearMap(product, product), scales)
+            products = num_steps * getattr(made, "products_per_step", 1)
+            return counted.count - products * num_leaves
+
+        return (operations(7) - operations(3)) / 4
+
+    assert of_a_step(1) == of_a_step(20)
 
 
 def test_deriving_a_transpose_takes_one_product() -> None:
