@@ -97,6 +97,8 @@ def value_and_grad(
         if of_params and all(g is None for g in of_params):
             raise ValueError(_independent(name))
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, flat, strict=True)]
+    if not keep_graph:  # an autograd.Function may return what it saved, with the graph that hangs on it
+        grads = [g.detach() for g in grads]
     return released(value, keep_graph), released(aux, keep_graph), tree.unflatten(treedef, grads)
 
 

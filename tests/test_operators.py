@@ -271,3 +271,22 @@ def test_aux_of_value_and_grad_may_hold_none_under_transforms() -> None:
     w = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
     for found, expected in zip(torch.func.vmap(of_one)(w), ((w**2).sum(1), 3 * w, 2 * w), strict=True):
         assert torch.equal(found, expected)
+
+
+class ReturnsWhatItSaved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, c: Tensor) -> Tensor:
+        ctx.save_for_backward(c)
+        return (w * c).sum()
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+def test_a_gradient_hangs_on_no_graph_that_nobody_asked_for() -> None:
+    c = H.clone().requires_grad_()
+    value, _, (gradient,) = operators.value_and_grad(lambda w: (ReturnsWhatItSaved.apply(w, c), None), W)
+    assert torch.equal(gradient, c)
+    assert not gradient.requires_grad
+    assert not value.requires_grad
