@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -707,3 +708,11 @@ def test_work_of_grouped_convolutions(transposed: bool) -> None:
         assert work(lambda x=x, w=w, groups=groups: convolve(x, w, groups=groups).sum().backward()) == 3 * once
     gradient, x, w = torch.func.grad(lambda w, x: convolve(x, w).square().sum()), torch.ones(5, 2, 3, 8, 8), torch.ones(5, 3, 3, 3, 3)
     assert work(lambda: torch.func.vmap(gradient)(w, x)) == 5 * work(lambda: gradient(w[0], x[0]))
+
+
+def test_the_profiler_does_not_talk() -> None:
+    """Its C++ logs to stderr unless it is told not to; in a process of its own, for it asks once."""
+    code = "import torch; from metacal.diagnostics import peak_bytes; print(peak_bytes(lambda: torch.ones(1000)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) >= 4000
+    assert ran.stderr == ""

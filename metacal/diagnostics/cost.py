@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -66,6 +67,7 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its C++ writes every start and stop to stderr
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*acc_events")  # of some releases, about cycles, which there are none of
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
