@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.nn import functional as F
 
-from benchmarks.measure import Row, interleaved, one_step, peaked, spread, worked
+from benchmarks.measure import Row, interleaved, one_step, peaked, spread
 from benchmarks.methods import METHODS, Method, Unsupported
 from benchmarks.problem import Size, to
 from benchmarks.problems.few_shot import WAYS, WIDTHS, episodes, task
@@ -61,7 +61,7 @@ def throughput(
         row = rows[name] = {"problem": f"MAML, {title}", "method": name, "library": library, "num_tasks": num_tasks}
         try:
             calls[name] = build()
-            done = worked(calls[name])[1]
+            done = work(calls[name])
             found, largest = peaked(calls[name], device)
             row |= {"relative_error": relative_error(found, truth), "work": done / unit or None, "peak_bytes": largest or None}
             del found

@@ -121,7 +121,7 @@ def measure(
         try:
             with _quiet(row):
                 call = prepare(problem)
-                done = worked(call)[1] if judged else 0
+                done = work(call) if judged else 0
                 found, largest = peaked(call, device)
                 if kind != "limit" and judged:
                     row["relative_error"], row["cosine"] = error(found, truth)
@@ -163,13 +163,6 @@ def matmul_rate(device: torch.device | str, size: int = 4096) -> float:
     a = torch.ones(size, size, device=device)
     seconds = interleaved({"product": lambda: a @ a}, rounds=10, device=device)["product"]
     return 2 * size**3 / min(seconds)
-
-
-def worked(call: Callable[[], Any]) -> tuple[Any, int]:
-    """What a call returns, and its floating-point operations; compiled code is eager here."""
-    results: list[Any] = []
-    done = work(lambda: results.append(call()))
-    return results[0], done
 
 
 def peaked(call: Callable[[], Any], device: torch.device | str) -> tuple[Any, int]:

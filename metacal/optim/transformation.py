@@ -113,7 +113,7 @@ def precision(values: Tree) -> torch.dtype:
 
 def _in_precision_of(like: Tree, value: Tree) -> Tree:
     # A 0-dim float64 hyperparameter promotes a 0-dim float32 parameter.
-    return tree.map(lambda old, new: new if new.dtype == old.dtype else new.to(old.dtype), like, value)
+    return tree.map(lambda old, new: new.to(old.dtype), like, value)
 
 
 def at(t: Tensor, *hyperparameters: Hyperparameter) -> tuple[Any, ...]:
