@@ -320,6 +320,15 @@ def test_curvature_is_the_range_of_rayleigh_quotients() -> None:
     assert solve(linear.CG(3), A, torch.zeros_like(b)).curvature.isnan().all()
 
 
+@pytest.mark.parametrize("solver", [linear.CG, linear.MINRES, linear.BiCGSTAB, linear.NormalCG, linear.GMRES, linear.Lanczos])
+def test_curvature_is_not_that_of_rounding(solver: Any) -> None:
+    """b is an eigenvector: after one step what is left is rounding, which has every other eigenvalue in it and counts no more."""
+    eigenvalues = torch.tensor([2.0, 50.0, 70.0, 90.0, 100.0], dtype=F64)
+    solution = solver(4, tolerance=1e-6).solve(lambda v: spectral(eigenvalues) @ v, orthogonal(5)[:, 0])
+    assert solution.curvature is not None
+    assert torch.allclose(solution.curvature, f64(2.0), rtol=1e-9)
+
+
 def test_conjugate_gradients_stand_still_at_negative_curvature() -> None:
     A, b = torch.diag(f64(4.0, 3.0, -1.0)), f64(1.0, 1.0, 1.5)
     few, many = solve(linear.CG(2), A, b), solve(linear.CG(30), A, b)
