@@ -28,8 +28,8 @@ from metacal.train.environment import describe, resolve_device
 
 PARTS = ("hypergradients", "scaling", "tasks", "tc2", "cleaning")
 PEERS = ("higher", "betty-ml", "jax", "jaxopt", "optax")
-ROUNDS: dict[Size, int] = {"tiny": 1, "small": 3, "full": 15}
-BUDGETS: dict[Size, float] = {"tiny": 0.0, "small": 15.0, "full": math.inf}
+ROUNDS: dict[Size, int] = {"tiny": 1, "small": 7, "full": 15}
+BUDGETS: dict[Size, float] = {"tiny": 0.0, "small": 45.0, "full": math.inf}
 """Seconds of timed rounds per problem, after which three are enough."""
 CLEANING: dict[Size, tuple[tuple[str, float], ...]] = {
     "tiny": (("mnist", 0.5),),
@@ -104,7 +104,7 @@ def _tc2_steps(size: Size, device: torch.device) -> Iterator[Row]:
     steps = tc2.steps(size, device)
     for step in steps.values():
         step()
-    for name, seconds in interleaved(steps, rounds=4 * ROUNDS[size], device=device).items():
+    for name, seconds in interleaved(steps, rounds=2 * ROUNDS[size], device=device).items():
         peak = peak_bytes(steps[name], device)
         yield {"problem": "SimCLR", "method": name, "library": "metacal", "peak_bytes": peak, **spread(seconds)}
 

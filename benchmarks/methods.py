@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -52,8 +53,8 @@ def _prepared(problem: Problem, adjoint: Adjoint, compile: bool | str = False) -
     return call
 
 
-def _ours(name: str, kind: Kind, code: str, *, number: int = 20) -> Method:
-    """The row of :mod:`metacal.registry` with that code."""
+def _ours(name: str, kind: Kind, code: str, *, number: Callable[[Problem], int] = lambda _: 20) -> Method:
+    """The row of :mod:`metacal.registry` with that code; ``number`` is its number for a problem."""
     row = registry.method(code)
 
     def prepare(problem: Problem) -> Callable[[], Tree]:
@@ -64,9 +65,10 @@ def _ours(name: str, kind: Kind, code: str, *, number: int = 20) -> Method:
             raise Unsupported(f"a matrix of {num_params} rows")
         if "offload" in code and problem.device.type == "cpu":
             raise Unsupported("the host's memory is the device's")
-        if "Nystroem" in code and num_params < number:
-            raise Unsupported(f"{number} rows of a matrix of {num_params}")
-        return _prepared(problem, row.make(registry.Setting(number=number, step_size=problem.step_size)))
+        setting = registry.Setting(number=number(problem), step_size=problem.step_size)
+        if "Nystroem" in code and num_params < setting.number:
+            raise Unsupported(f"{setting.number} rows of a matrix of {num_params}")
+        return _prepared(problem, row.make(setting))
 
     return Method(name, "metacal", kind, prepare)
 
@@ -86,7 +88,7 @@ def _compiled(name: str, adjoint: Adjoint, compile: bool | str = True) -> Method
 
 _ROWS = (
     _ours("graph", "exact", 'Unrolled(mode="graph")'),
-    _ours("graph, segments of 8", "exact", 'Unrolled(mode="graph", segment=k)', number=8),
+    _ours("graph, four segments", "exact", 'Unrolled(mode="graph", segment=k)', number=lambda problem: math.ceil(problem.num_steps / 4)),
     _ours("reverse", "exact", 'Unrolled(mode="reverse")'),
     _ours("mixed", "exact", "Unrolled()"),
     _ours("mixed, every state", "exact", "Unrolled(segment=1)"),
@@ -95,8 +97,8 @@ _ROWS = (
     _compiled("mixed, compiled", Unrolled()),
     _compiled("mixed, CUDA graphs", Unrolled(), "cuda-graphs"),
     _ours("forward", "exact", "Forward()"),
-    _ours("window 10", "approximate", "Unrolled(window=k)", number=10),
-    _ours("forward sketch 2", "approximate", "ForwardSketch(k)", number=2),
+    _ours("window 10", "approximate", "Unrolled(window=k)", number=lambda _: 10),
+    _ours("forward sketch 2", "approximate", "ForwardSketch(k)", number=lambda _: 2),
     _ours("finite difference", "approximate", "FiniteDifference(radius, a)"),
     _ours("SAMA", "approximate", "SAMA(radius)"),
     _ours("Neumann 20", "implicit", "Implicit(linear.Neumann(K, a))"),

@@ -12,7 +12,7 @@ from benchmarks.measure import Row
 Results = Sequence[Row]
 LIBRARIES = ("higher", "torchopt", "betty")
 """What a user of torch would pick instead; hand-written autograd has targets of its own, and JAX stands outside."""
-REPLAY = ("graph, segments of 8", "reverse", "mixed", "mixed, compiled", "mixed, CUDA graphs")
+REPLAY = ("graph, four segments", "reverse", "mixed", "mixed, compiled", "mixed, CUDA graphs")
 NETWORKS = ("mlp", "conv", "transformer")
 FOR_THE_RECORD = "for the record"
 RIGHT = 1e-2
