@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import metacal
-from benchmarks.measure import Row, peaked
+from benchmarks.measure import Row, failed, peaked
 from benchmarks.methods import Method, Unsupported
 from benchmarks.problem import Problem, Size, to
 from benchmarks.problems.hyper_cleaning import Cleaning, cleaning, f1
@@ -85,7 +85,7 @@ def run(name: str, corruption: float, methods: Iterable[Method], size: Size, dev
         except Unsupported as reason:
             yield {**row, "unsupported": str(reason)}
         except Exception as failure:
-            yield {**row, "failed": f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"}
+            yield {**row, "failed": failed(failure)}
 
 
 def _course(given: Cleaning, learner: Learner, outer_steps: int) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.nn import functional as F
 
-from benchmarks.measure import Row, interleaved, one_step, peaked, spread
+from benchmarks.measure import Row, failed, interleaved, one_step, peaked, spread
 from benchmarks.methods import METHODS, Method, Unsupported
 from benchmarks.problem import Size, to
 from benchmarks.problems.few_shot import WAYS, WIDTHS, episodes, task
@@ -68,7 +68,7 @@ def throughput(
         except Unsupported as reason:
             row["unsupported"] = str(reason)
         except Exception as failure:
-            row["failed"] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+            row["failed"] = failed(failure)
         if "peak_bytes" not in row:
             calls.pop(name, None)
     for name, seconds in interleaved(calls, rounds=rounds, device=device, budget=budget).items():

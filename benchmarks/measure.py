@@ -43,15 +43,10 @@ def error(found: Tree, truth: Tree) -> tuple[float, float]:
 
 def plain_steps(problem: Problem) -> Callable[[], None]:
     """The T inner steps alone, as one trains without a hypergradient: torch.optim, all tensors at once where it can (foreach)."""
-    rule = problem.rule
 
     def call() -> None:
         params = {name: w.clone().requires_grad_() for name, w in problem.params.items()}
-        optimizer: torch.optim.Optimizer
-        if rule.kind == "adam":
-            optimizer = torch.optim.Adam(params.values(), rule.lr, foreach=True)
-        else:
-            optimizer = torch.optim.SGD(params.values(), rule.lr, momentum=rule.momentum, foreach=True)
+        optimizer = problem.rule.of_torch(params.values(), foreach=True)
         for batch in problem.batches:
             optimizer.zero_grad()
             problem.inner(params, problem.hparams, batch).backward()
@@ -136,7 +131,7 @@ def measure(
         except Unsupported as reason:
             row["unsupported"] = str(reason)
         except Exception as failure:
-            row["failed"] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+            row["failed"] = failed(failure)
     with _quiet({}):
         for name, seconds in interleaved(calls, rounds=rounds, device=device, budget=budget).items():
             rows[name] |= spread(seconds)
@@ -156,6 +151,11 @@ def _sizes(problem: Problem) -> Row:
         "params_bytes": tree.num_bytes(problem.params),
         "state_bytes": tree.num_bytes((problem.params, floating)),
     }
+
+
+def failed(error: Exception) -> str:
+    """What went wrong, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def matmul_rate(device: torch.device | str, size: int = 4096) -> float:

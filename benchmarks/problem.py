@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from metacal import optim, tree
 from metacal._typing import Objective, Tree
@@ -20,7 +21,7 @@ Size = Literal["tiny", "small", "full"]
 class Rule:
     """The inner optimizer, as a value that every library's own can be built from; betas and eps are torch's defaults."""
 
-    kind: Literal["sgd", "momentum", "adam"]
+    kind: Literal["sgd", "adam"]
     lr: float
     momentum: float = 0.0
 
@@ -29,6 +30,12 @@ class Rule:
         if self.kind == "adam":
             return optim.adam(self.lr)
         return optim.sgd(self.lr, momentum=self.momentum)
+
+    def of_torch(self, parameters: Iterable[Tensor], *, foreach: bool | None = None) -> torch.optim.Optimizer:
+        """As one of ``torch.optim``."""
+        if self.kind == "adam":
+            return torch.optim.Adam(parameters, self.lr, foreach=foreach)
+        return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, foreach=foreach)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from problems import F64, OPTIMIZERS, close, relative_error
 PEERS = peers()
 RULES = {
     "sgd": (Rule("sgd", 0.3), replace(OPTIMIZERS["sgd"], hyper={"lr": 0.3})),
-    "momentum": (Rule("momentum", 0.1, 0.9), OPTIMIZERS["momentum0.9"]),
+    "momentum": (Rule("sgd", 0.1, 0.9), OPTIMIZERS["momentum0.9"]),
     "adam": (Rule("adam", 0.1), OPTIMIZERS["adam"]),
 }
 T, PRODUCTS, STEP_SIZE = 7, 20, 0.8

@@ -13,7 +13,7 @@ from betty.logging.logger_base import get_logger
 from betty.problems import ImplicitProblem, IterativeProblem
 
 from benchmarks.methods import Method, Unsupported
-from benchmarks.peers.shared import PRODUCTS, Model, Tensors, torch_optimizer
+from benchmarks.peers.shared import PRODUCTS, Model, Tensors
 from benchmarks.problem import Problem
 from metacal._typing import Tree
 
@@ -65,7 +65,7 @@ def _run(problem: Problem, inner: type[ImplicitProblem | IterativeProblem], conf
         "inner",
         config,
         params,
-        torch_optimizer(problem.rule, params.parameters()),
+        problem.rule.of_torch(params.parameters()),
         train_data_loader=[(problem.inner, batch) for batch in problem.batches],
         extra_config=problem.params,
     )

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import higher
 
 from benchmarks.methods import Method
-from benchmarks.peers.shared import Model, fresh, gradient, torch_optimizer
+from benchmarks.peers.shared import Model, fresh, gradient
 from benchmarks.problem import Problem
 from metacal._typing import Tree
 
 
 def _unrolled(problem: Problem) -> Callable[[], Tree]:
     model = Model(problem.params)
-    optimizer = torch_optimizer(problem.rule, model.parameters())
+    optimizer = problem.rule.of_torch(model.parameters())
 
     def call() -> Tree:
         hparams = fresh(problem.hparams)

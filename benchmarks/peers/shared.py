@@ -1,13 +1,11 @@
-"""What the peers share: a problem's objectives as a module, its leaves, its rule as an optimizer of ``torch.optim``."""
+"""What the peers share: a problem's objectives as a module, its leaves, a gradient by them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-from benchmarks.problem import Rule
 
 PRODUCTS = 20
 """Hessian products of every linear solve: those of this library's rows."""
@@ -32,13 +30,6 @@ class Model(nn.Module):
 
     def forward(self, objective: Callable[..., Tensor], hparams: Tensors, batch: object) -> Tensor:
         return objective(self.tensors(), hparams, batch)
-
-
-def torch_optimizer(rule: Rule, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """The rule as one of ``torch.optim``."""
-    if rule.kind == "adam":
-        return torch.optim.Adam(parameters, lr=rule.lr)
-    return torch.optim.SGD(parameters, lr=rule.lr, momentum=rule.momentum)
 
 
 def fresh(tensors: Tensors) -> Tensors:

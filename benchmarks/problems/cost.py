@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.methods import Method
-from benchmarks.problem import Problem, Rule, Size
-from benchmarks.problems.nets import Apply, Params, conv, gpt, mlp, token_losses
+from benchmarks.problem import Problem, Rule, Size, with_steps
+from benchmarks.problems.nets import Apply, Params, conv, cross_entropy, gpt, mlp, token_losses
 from metacal._typing import Tree
 
 STEPS: dict[Size, int] = {"tiny": 3, "small": 50, "full": 50}
-RULE = Rule("momentum", 0.02, 0.9)
+RULE = Rule("sgd", 0.02, 0.9)
 
 
 def asks(method: Method) -> bool:
@@ -41,7 +41,7 @@ def conv_cost(size: Size) -> Problem:
     apply, params = conv(channels, 10, size=side)
     problem = _classifier("conv", apply, params, (1, side, side), STEPS[size], batch, 1000)
     # At larger rates kinks of the ReLU are crossed a step earlier or later in float32, and its exact hypergradient is another.
-    return replace(problem, rule=Rule("momentum", 0.0001, 0.9), compile=size == "full")
+    return replace(problem, rule=Rule("sgd", 0.0001, 0.9), compile=size == "full")
 
 
 def transformer_cost(size: Size) -> Problem:
@@ -74,15 +74,12 @@ def _classifier(name: str, apply: Apply, params: Params, shape: Sequence[int], n
         x, y, where = batch
         return (h["weights"][where] * F.cross_entropy(apply(w, x), y, reduction="none")).mean()
 
-    def outer(w: Tree, h: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(apply(w, batch[0]), batch[1])
-
     def draw() -> tuple[Tensor, Tensor]:
         y = torch.randint(10, (batch,), generator=g)
         return 0.3 * centres[y] + torch.randn(batch, *shape, generator=g), y
 
     # At most 50 batches, which a longer run sees again.
-    drawn = [(*draw(), torch.randint(num_weights, (batch,), generator=g)) for _ in range(min(num_steps, 50))]
-    batches = [drawn[t % len(drawn)] for t in range(num_steps)]
+    batches = [(*draw(), torch.randint(num_weights, (batch,), generator=g)) for _ in range(min(num_steps, 50))]
     weights = {"weights": torch.ones(num_weights)}
-    return Problem(f"cost, {name}", inner, outer, params, weights, batches, draw(), RULE, step_size=0.02)
+    problem = Problem(f"cost, {name}", inner, cross_entropy(apply), params, weights, batches, draw(), RULE, step_size=0.02)
+    return with_steps(problem, num_steps)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from benchmarks.problem import Problem, Rule, Size
 from benchmarks.problems import data
-from benchmarks.problems.nets import mlp
+from benchmarks.problems.nets import cross_entropy, mlp
 from metacal._typing import Tree
 
 DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 20, 4), "small": (64, 500, 15), "full": (256, 5000, 100)}  # hidden, images, T
@@ -24,12 +24,9 @@ def distillation(size: Size) -> Problem:
     def inner(w: Tree, h: Tree, labels: Tensor) -> Tensor:
         return F.cross_entropy(apply(w, h["images"]), labels)
 
-    def outer(w: Tree, h: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(apply(w, batch[0]), batch[1])
-
     learned = {"images": 0.5 + 0.25 * torch.randn(10, features, generator=torch.Generator().manual_seed(0))}
     labels = torch.arange(10)
     return Problem(
-        f"distillation, {split.title}", inner, outer, params, learned, [labels] * T, split.train, Rule("momentum", 0.02, 0.9),
+        f"distillation, {split.title}", inner, cross_entropy(apply), params, learned, [labels] * T, split.train, Rule("sgd", 0.02, 0.9),
         step_size=0.02,
     )  # fmt: skip

@@ -54,7 +54,7 @@ def cleaning(name: str, corruption: float, weights: Weights, size: Size) -> Clea
     h = {"logits": torch.zeros(len(y))} if weights == "samples" else weigher
     kind = "a weight per sample" if weights == "samples" else "a weight network"
     title = f"hyper-cleaning, {split.title}, {100 * corruption:.0f}%, {kind}"
-    rule, rate = Rule("momentum", 0.1, 0.9), 0.05
+    rule, rate = Rule("sgd", 0.1, 0.9), 0.05
     problem = Problem(title, inner, outer, params, h, [(x, wrong)] * T, split.validation, rule, step_size=rate)
     return Cleaning(problem, corrupted, split.test)
 

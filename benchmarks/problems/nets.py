@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metacal._typing import Objective
+
 Params = dict[str, Tensor]
 Apply = Callable[[Params, Tensor], Tensor]
 
@@ -92,6 +94,11 @@ def gpt(vocabulary: int, context: int, dim: int, depth: int, heads: int, seed: i
         return F.layer_norm(x, (dim,), w["norm"]) @ w["tokens"].T
 
     return apply, params
+
+
+def cross_entropy(apply: Apply) -> Objective:
+    """The mean cross-entropy of a batch of inputs and classes, as an objective that reads no hparams."""
+    return lambda w, h, batch: F.cross_entropy(apply(w, batch[0]), batch[1])
 
 
 def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def ridge(size: Size) -> Problem:
 
     return Problem(
         f"ridge, {split.title}", lambda w, h, b: squares(w, h, b) + penalty(w, h), squares, _start(x, y.shape[1]), h, [(x, y)] * T,
-        (x_out, y_out), Rule("momentum", rate, 0.9), exact=exact, step_size=rate,
+        (x_out, y_out), Rule("sgd", rate, 0.9), exact=exact, step_size=rate,
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def logistic(size: Size) -> Problem:
     rate = _rate(x, 0.5)  # the softmax's own curvature is at most a half
     return Problem(
         f"logistic regression, {split.title}", lambda w, h, b: likelihood(w, h, b) + penalty(w, h), likelihood,
-        _start(x, int(split.train[1].max()) + 1), h, [(x, y)] * T, (x_out, y_out), Rule("momentum", rate, 0.9), step_size=rate,
+        _start(x, int(split.train[1].max()) + 1), h, [(x, y)] * T, (x_out, y_out), Rule("sgd", rate, 0.9), step_size=rate,
     )  # fmt: skip
 
 

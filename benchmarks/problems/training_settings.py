@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.problem import Problem, Rule, Size
 from benchmarks.problems import data
-from benchmarks.problems.nets import mlp
+from benchmarks.problems.nets import cross_entropy, mlp
 from metacal._typing import Tree
 
 DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 10, 4), "small": (64, 100, 10), "full": (256, 100, 60)}  # hidden, batch, T
@@ -22,15 +22,13 @@ def learning_rates(size: Size) -> Problem:
     split, batches = _batches(size)
     apply, params = mlp([split.train[0].shape[1], hidden, 10])
 
-    def outer(w: Tree, h: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(apply(w, batch[0]), batch[1])
-
     def inner(w: Tree, h: Tree, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         x, y, t = batch
         return h["log_rates"][t].exp() * F.cross_entropy(apply(w, x), y)
 
     rates = {"log_rates": torch.full((T,), math.log(0.05))}
     steps = [(x, y, torch.tensor(t)) for t, (x, y) in enumerate(batches)]
+    outer = cross_entropy(apply)
     return Problem(f"learning rates, {split.title}", inner, outer, params, rates, steps, split.validation, Rule("sgd", 1.0), step_size=0.5)
 
 
@@ -41,9 +39,6 @@ def augmentation(size: Size) -> Problem:
     side = math.isqrt(split.train[0].shape[1])
     apply, params = mlp([side**2, hidden, 10])
     g = torch.Generator().manual_seed(2)
-
-    def outer(w: Tree, h: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(apply(w, batch[0]), batch[1])
 
     def inner(w: Tree, h: Tree, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         x, y, draws, grain = batch
@@ -58,7 +53,7 @@ def augmentation(size: Size) -> Problem:
     steps = [(x, y, torch.randn(len(x), 4, generator=g), torch.randn(x.shape, generator=g)) for x, y in batches]
     strength = {"log_strength": torch.full((5,), math.log(0.1))}
     return Problem(
-        f"augmentation, {split.title}", inner, outer, params, strength, steps, split.validation, Rule("momentum", 0.02, 0.9),
+        f"augmentation, {split.title}", inner, cross_entropy(apply), params, strength, steps, split.validation, Rule("sgd", 0.02, 0.9),
         step_size=0.02,
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Few-shot learners on Omniglot: accuracy after a stated budget, and tasks per second against a loop over tasks.
 
-    METACAL_DATA=... python benchmarks/few_shot.py train --out runs/few_shot --learner maml --ways 5 --shots 1 --steps 8000
-    METACAL_DATA=... python benchmarks/few_shot.py speed
-    METACAL_DATA=... python benchmarks/few_shot.py table --out runs/few_shot
+    METACAL_DATA=... python -m benchmarks.omniglot train --out runs/few_shot --learner maml --ways 5 --shots 1 --steps 8000
+    METACAL_DATA=... python -m benchmarks.omniglot speed
+    METACAL_DATA=... python -m benchmarks.omniglot table --out runs/few_shot
 
 `train` can be stopped and repeated: it goes on from its newest checkpoint. Its `results.json` has the accuracy on 600 episodes of
 the test characters, read once at the end; `--judge validation` uses characters held out of the training ones instead, to choose
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metacal
+from benchmarks.measure import interleaved
 from metacal import optim
 from metacal._typing import Tree
 from metacal.adjoints import Unrolled
@@ -179,14 +180,10 @@ def speed(args: argparse.Namespace) -> None:
     for tasks in ("loop", "vmap"):
         meta, _, params = build(argparse.Namespace(**{**vars(args), "tasks": tasks}))
         steps[tasks] = partial(meta.step, meta.init(params), batch.support, batch.query)
-    seconds: dict[str, list[float]] = {tasks: [] for tasks in steps}
-    for _ in range(8):
-        for tasks, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[tasks].append(time.perf_counter() - started)
-    for tasks, found in seconds.items():
-        print(f"{tasks}: {args.num_tasks / median(found[1:]):.0f} tasks per second")
+    for step in steps.values():
+        step()
+    for tasks, seconds in interleaved(steps, rounds=7).items():
+        print(f"{tasks}: {args.num_tasks / median(seconds):.0f} tasks per second")
 
 
 def table(args: argparse.Namespace) -> None:
@@ -215,7 +212,10 @@ def build(args: argparse.Namespace) -> tuple[MetaLearner, Apply, Tree]:
 
 
 def conv4(width: int, ways: int) -> nn.Sequential:
-    """MAML's network for Omniglot: four 3 x 3 convolutions of stride 2 with BatchNorm, then a linear layer."""
+    """MAML's network for Omniglot: four 3 x 3 convolutions of stride 2 with BatchNorm, then a linear layer.
+
+    A module with torch's own initialisation, as a user has it; the pure functions of ``benchmarks.problems`` start otherwise.
+    """
 
     def block(channels: int) -> list[nn.Module]:
         return [nn.Conv2d(channels, width, 3, 2, 1), nn.BatchNorm2d(width, track_running_stats=False), nn.ReLU()]

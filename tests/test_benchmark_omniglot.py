@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import few_shot
+from benchmarks import omniglot
 from metacal.data import Images
 
 
@@ -23,13 +23,13 @@ def _noise_for_omniglot(monkeypatch: pytest.MonkeyPatch) -> None:
         images[:, 0, 0, 0] = (first + labels) / 2000
         return Images(images, labels, name, num_classes)
 
-    monkeypatch.setattr(few_shot, "load", load)
-    monkeypatch.setattr(few_shot, "EPISODES", 20)
+    monkeypatch.setattr(omniglot, "load", load)
+    monkeypatch.setattr(omniglot, "EPISODES", 20)
 
 
 @pytest.mark.parametrize(("split", "sizes"), [("characters", (1100, 100, 423)), ("alphabets", (864, 100, 659))])
 def test_training_validation_and_test_share_no_character(split: str, sizes: tuple[int, int, int]) -> None:
-    parts = few_shot.characters(split)
+    parts = omniglot.characters(split)
     ids = [set((2000 * part.images[:, 0, 0, 0]).round().long().tolist()) for part in parts.values()]
     assert tuple(parts) == ("train", "validation", "test")
     assert tuple(map(len, ids)) == sizes
@@ -39,18 +39,18 @@ def test_training_validation_and_test_share_no_character(split: str, sizes: tupl
         assert ids[2] == set(range(964, 1623))
 
 
-@pytest.mark.parametrize("learner", few_shot.LEARNERS)
+@pytest.mark.parametrize("learner", omniglot.LEARNERS)
 def test_a_run_is_trained_judged_and_keeps_its_settings(learner: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", "--out", str(tmp_path), "--learner", learner, "--steps", "2", "--width", "8", "--num-tasks", "2", "--ways", "2"]
-    few_shot.main(command)
+    omniglot.main(command)
     (path,) = tmp_path.glob("*/results.json")
     found = json.loads(path.read_text(encoding="utf-8"))
     assert (found["learner"], found["ways"], found["shots"], found["steps"], found["judge"]) == (learner, 2, 1, 2, "test")
     assert 0.3 < found["accuracy"] < 0.7  # of noise nothing can be learned
-    few_shot.main(command)  # nothing is left to train: judged again
+    omniglot.main(command)  # nothing is left to train: judged again
     assert json.loads(path.read_text(encoding="utf-8"))["accuracy"] == found["accuracy"]
     with pytest.raises(SystemExit, match="other settings"):
-        few_shot.main([*command, "--lr", "0.1"])
+        omniglot.main([*command, "--lr", "0.1"])
     capsys.readouterr()
-    few_shot.main(["table", "--out", str(tmp_path)])
+    omniglot.main(["table", "--out", str(tmp_path)])
     assert f"| {learner} | 2 ways, 1 shot | {100 * found['accuracy']:.2f}" in capsys.readouterr().out
