@@ -23,13 +23,13 @@ from benchmarks.methods import METHODS, Method
 from benchmarks.peers import peers
 from benchmarks.problem import Size, to
 from benchmarks.problems import PROBLEMS, tc2
-from metacal.diagnostics import peak_bytes
+from metacal.diagnostics import peak_bytes, work
 from metacal.train.environment import describe, resolve_device
 
 PARTS = ("hypergradients", "scaling", "tasks", "tc2", "cleaning")
 PEERS = ("higher", "betty-ml", "jax", "jaxopt", "optax")
 ROUNDS: dict[Size, int] = {"tiny": 1, "small": 7, "full": 15}
-BUDGETS: dict[Size, float] = {"tiny": 0.0, "small": 45.0, "full": math.inf}
+BUDGETS: dict[Size, float] = {"tiny": 0.0, "small": 30.0, "full": math.inf}
 """Seconds of timed rounds per problem, after which three are enough."""
 CLEANING: dict[Size, tuple[tuple[str, float], ...]] = {
     "tiny": (("mnist", 0.5),),
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder of the results; by default a new one under runs/")
     names = f"problems ({', '.join(PROBLEMS)}) or parts ({', '.join(PARTS)})"
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=names)
+    parser.add_argument("--every", action="store_true", help="in the small suite also the problems and methods that it leaves out")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     args = parser.parse_args(arguments)
     unknown = [name for name in args.only if name not in PROBLEMS and name not in PARTS]
@@ -61,10 +62,10 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results: list[Row] = []
     began = time.perf_counter()
-    methods = [*METHODS.values(), *peers().values()]
+    methods = [m for m in (*METHODS.values(), *peers().values()) if m.small or args.every or args.what != "small"]
     gc.freeze()  # what the imports made: collecting between calls would look through it each time
     with (folder / report.RESULTS).open("w", encoding="utf-8") as file:
-        for row in run(methods, args.what, args.only, resolve_device(args.device)):
+        for row in run(methods, args.what, args.only, resolve_device(args.device), every=args.every):
             row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
             results.append(row)
             file.write(json.dumps(row) + "\n")
@@ -74,13 +75,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes. {report.write(folder, results)}")
 
 
-def run(methods: list[Method], size: Size, only: list[str], device: torch.device) -> Iterator[Row]:
+def run(methods: list[Method], size: Size, only: list[str], device: torch.device, *, every: bool = False) -> Iterator[Row]:
     """All rows of a run, the environment first; prints as it goes."""
     yield {"table": "environment", "size": size, **_environment(device)}
     if device.type == "cuda":
         yield {"table": "roofline", "flops_per_second": matmul_rate(device)}
     for key, problem in PROBLEMS.items():
-        wanted = key in only or "hypergradients" in only if only else problem.small or size == "full"
+        wanted = key in only or "hypergradients" in only if only else problem.small or every or size != "small"
         if wanted:
             yield from _shown(key, ({"table": "hypergradients", "key": key, **row} for row in _measured(key, methods, size, device)))
     parts: dict[str, Callable[[], Iterator[Row]]] = {
@@ -104,9 +105,11 @@ def _tc2_steps(size: Size, device: torch.device) -> Iterator[Row]:
     steps = tc2.steps(size, device)
     for step in steps.values():
         step()
+    unit = work(steps["base"])
     for name, seconds in interleaved(steps, rounds=2 * ROUNDS[size], device=device).items():
         peak = peak_bytes(steps[name], device)
-        yield {"problem": "SimCLR", "method": name, "library": "metacal", "peak_bytes": peak, **spread(seconds)}
+        spent = work(steps[name]) / unit
+        yield {"problem": "SimCLR", "method": name, "library": "metacal", "peak_bytes": peak, "work": spent, **spread(seconds)}
 
 
 def _shown(title: str, rows: Iterator[Row]) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from benchmarks.measure import Row, failed, peaked
 from benchmarks.methods import Method, Unsupported
 from benchmarks.problem import Problem, Size, to
 from benchmarks.problems.hyper_cleaning import Cleaning, cleaning, f1
-from metacal import optim, tree
+from metacal import optim, registry, tree
 from metacal._fastest import wait
 from metacal._typing import Tree
 from metacal.adjoints import Implicit, Unrolled
@@ -61,31 +61,59 @@ WARM: dict[str, metacal.Adjoint] = {
 OURS = ("graph", "mixed", "CG 20", "Neumann 20", "T1-T2")
 
 
-def learners(methods: Iterable[Method]) -> dict[str, tuple[str, Learner]]:
+def single_loop(row: registry.Method) -> Learner:
+    """Adam on the estimates of an algorithm that moves params, linear variable and hparams together, T of its steps for an outer step."""
+
+    def learn(problem: Problem) -> Iterator[Tree]:
+        setting = registry.Setting(number=2, step_size=problem.step_size)
+        solver = metacal.descent(problem.inner, problem.rule.ours())
+        bilevel = row.make(problem.outer, solver, optim.adam(RATE / problem.num_steps), setting)
+        indexed = "index" in row.needs
+        batch, judged = problem.batches[0], problem.outer_batch
+        batches = [(0, batch) if indexed else batch] * row.batches_per_step(2, setting.number)
+        state = bilevel.init(problem.params, problem.hparams)
+        while True:
+            for _ in problem.batches:
+                state, _ = bilevel.step(state, batches, (0, judged) if indexed else judged)
+            yield state.hparams
+
+    return learn
+
+
+def learners(methods: Iterable[Method], size: Size) -> dict[str, tuple[str, Learner]]:
     """By name, each with its library; not JAX, which would compile anew with each outer step's weights."""
     others = [m for m in methods if m.library not in ("optax", "jaxopt")]
     rows = [m for m in others if (m.name in OURS if m.library == "metacal" else m.kind in ("exact", "implicit"))]
     found: dict[str, tuple[str, Learner]] = {m.name: (m.library, cold(m)) for m in rows}
-    return found | {name: ("metacal", warm(adjoint)) for name, adjoint in WARM.items()}
+    found |= {name: ("metacal", warm(adjoint)) for name, adjoint in WARM.items()}
+    if size == "small":
+        return found
+    return found | {row.code: ("metacal", single_loop(row)) for row in registry.METHODS if row.family == "single loop"}
 
 
 def run(name: str, corruption: float, methods: Iterable[Method], size: Size, device: torch.device | str = "cpu") -> Iterator[Row]:
-    """Rows of every learner over its outer steps: seconds spent learning so far, and how good its weights are.
+    """Rows of every learner over its outer steps, which they take in turn: seconds spent learning so far, and how good its weights are.
 
     Judged by softmax regression trained from the start with those weights, which the clock does not see.
     """
     given = cleaning(name, corruption, "samples", size)
     given = Cleaning(to(given.problem, device), given.corrupted.to(device), tree.to(given.test, device))
-    about = {"problem": given.problem.name, "corruption": corruption}
+    about, found = {"problem": given.problem.name, "corruption": corruption}, learners(methods, size)
     yield {**about, "method": "no cleaning", "library": "none", "outer_step": 0, "seconds": 0.0, **judge(given, given.problem.hparams)}
-    for method, (library, learner) in learners(methods).items():
-        row: Row = {**about, "method": method, "library": library}
-        try:
-            yield from ({**row, **point} for point in _course(given, learner, OUTER_STEPS[size]))
-        except Unsupported as reason:
-            yield {**row, "unsupported": str(reason)}
-        except Exception as failure:
-            yield {**row, "failed": failed(failure)}
+    rows: dict[str, Row] = {name: {**about, "method": name, "library": library} for name, (library, _) in found.items()}
+    courses = {name: _course(given, learner, OUTER_STEPS[size]) for name, (_, learner) in found.items()}
+    while courses:  # a step of each in turn, so that a machine that slows down does so for all
+        for name in list(courses):
+            try:
+                yield rows[name] | next(courses[name])
+                continue
+            except StopIteration:
+                pass
+            except Unsupported as reason:
+                yield rows[name] | {"unsupported": str(reason)}
+            except Exception as failure:
+                yield rows[name] | {"failed": failed(failure)}
+            del courses[name]
 
 
 def _course(given: Cleaning, learner: Learner, outer_steps: int) -> Iterator[Row]:

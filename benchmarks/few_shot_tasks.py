@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.nn import functional as F
 
-from benchmarks.measure import Row, failed, interleaved, one_step, peaked, spread
+from benchmarks.measure import Row, failed, interleaved, noting, one_step, peaked, spread
 from benchmarks.methods import METHODS, Method, Unsupported
 from benchmarks.problem import Size, to
 from benchmarks.problems.few_shot import WAYS, WIDTHS, episodes, task
@@ -71,7 +71,7 @@ def throughput(
             row["failed"] = failed(failure)
         if "peak_bytes" not in row:
             calls.pop(name, None)
-    for name, seconds in interleaved(calls, rounds=rounds, device=device, budget=budget).items():
+    for name, seconds in interleaved(calls, rounds=rounds, device=device, budget=budget, on_failure=noting(rows)).items():
         rows[name] |= spread(seconds)
         rows[name]["tasks_per_second"] = num_tasks / rows[name]["seconds"]
     yield from rows.values()

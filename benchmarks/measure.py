@@ -66,24 +66,36 @@ def one_step(problem: Problem) -> Callable[[], None]:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device | str = "cpu", budget: float = math.inf
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    device: torch.device | str = "cpu",
+    budget: float = math.inf,
+    on_failure: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every call, in rounds A B C A B C ..., so that a machine that slows down does so for all.
 
     The calls should have run before. After three rounds there are no more once ``budget`` seconds are spent. Garbage is collected
-    between calls and not during them.
+    between calls and not during them. A call that raises is left out from then on, and ``on_failure`` is told; without it, it raises.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - began > budget:
             break
-        for name, call in calls.items():
+        for name in list(seconds):
             with _no_collection():
                 wait(device)
                 start = time.perf_counter()
-                call()
-                wait(device)
+                try:
+                    calls[name]()
+                    wait(device)
+                except Exception as error:
+                    if on_failure is None:
+                        raise
+                    on_failure(name, error)
+                    del seconds[name]
+                    continue
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -133,8 +145,9 @@ def measure(
         except Exception as failure:
             row["failed"] = failed(failure)
     with _quiet({}):
-        for name, seconds in interleaved(calls, rounds=rounds, device=device, budget=budget).items():
-            rows[name] |= spread(seconds)
+        timed = interleaved(calls, rounds=rounds, device=device, budget=budget, on_failure=noting(rows))
+    for name, seconds in timed.items():
+        rows[name] |= spread(seconds)
     limit = rows["plain steps"].get("seconds")
     for row in rows.values():
         if limit and row.get("seconds"):
@@ -151,6 +164,11 @@ def _sizes(problem: Problem) -> Row:
         "params_bytes": tree.num_bytes(problem.params),
         "state_bytes": tree.num_bytes((problem.params, floating)),
     }
+
+
+def noting(rows: dict[str, Row]) -> Callable[[str, Exception], None]:
+    """Writes what a call raised into its row."""
+    return lambda name, error: rows[name].update(failed=failed(error))
 
 
 def failed(error: Exception) -> str:

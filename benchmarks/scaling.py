@@ -28,26 +28,26 @@ class Axis(NamedTuple):
 AXES: dict[str, Axis] = {
     "steps": Axis(
         lambda x: weighted_mlp(x, width=64, batch=32, features=64),
-        {"tiny": (1, 4), "small": (1, 100, 1000), "full": (1, 3, 10, 30, 100, 300, 1000)},
+        {"tiny": (1, 4), "small": (1, 10, 100, 1000), "full": (1, 3, 10, 30, 100, 300, 1000)},
     ),
     "width": Axis(
         lambda x: weighted_mlp(20, width=x, batch=32, features=64),
-        {"tiny": (4, 8), "small": (16, 256), "full": (16, 64, 256, 1024)},
+        {"tiny": (4, 8), "small": (16, 64, 256), "full": (16, 64, 256, 1024)},
     ),
     "batch": Axis(
         lambda x: weighted_mlp(20, width=64, batch=x, features=64),
-        {"tiny": (1, 4), "small": (1, 1000), "full": (1, 10, 100, 1000, 10_000)},
+        {"tiny": (1, 4), "small": (1, 30, 1000), "full": (1, 10, 100, 1000, 10_000)},
     ),
     "hyperparameters": Axis(
         lambda x: weighted_mlp(20, width=64, batch=32, features=64, num_weights=x),
-        {"tiny": (2, 8), "small": (10, 100_000), "full": (1, 10, 100, 1000, 10_000, 100_000, 1_000_000)},
+        {"tiny": (2, 8), "small": (10, 1000, 100_000), "full": (1, 10, 100, 1000, 10_000, 100_000, 1_000_000)},
     ),
 }
 LONGEST_OF_PEERS: dict[Size, float] = {"tiny": math.inf, "small": 100, "full": math.inf}
 """Steps: a line through the points before says the rest."""
 TASKS: dict[Size, tuple[int, ...]] = {"tiny": (1, 2), "small": (1, 8), "full": (1, 2, 4, 8, 16, 32, 64)}
 OURS = ("graph", "mixed", "forward", "CG 20")
-ROUNDS: dict[Size, int] = {"tiny": 1, "small": 1, "full": 5}
+ROUNDS: dict[Size, int] = {"tiny": 1, "small": 3, "full": 5}
 
 
 def chosen(methods: Iterable[Method]) -> list[Method]:
@@ -59,25 +59,47 @@ def scaling(methods: Iterable[Method], size: Size, device: torch.device | str = 
     """A row for every axis, value and method; its ``x`` is the value."""
     methods, rounds = list(methods), ROUNDS[size]
     for name, axis in AXES.items():
-        left, before = chosen(methods), dict[str, Row]()
+        points: dict[str, list[Row]] = {m.name: [] for m in chosen(methods)}
         for x in axis.values[size]:
-            growing = [m for m in left if not _too_much(before.get(m.name), x, size)]
-            if name == "steps" and x > LONGEST_OF_PEERS[size]:
-                growing = [m for m in growing if m.library == "metacal"]
+            growing = []
+            for method in chosen(methods):
+                theirs = name == "steps" and x > LONGEST_OF_PEERS[size] and method.library != "metacal"
+                reason = "the line through its points says the rest" if theirs else _too_much(points[method.name], x, size)
+                if reason:
+                    row = {"method": method.name, "library": method.library, "kind": method.kind, "unsupported": f"left out: {reason}"}
+                    yield {"axis": name, "x": x, **row}
+                else:
+                    growing.append(method)
             for row in measure(to(axis.make(x), device), growing, rounds=rounds, budget=10.0, judged=False):
-                before[row["method"]] = row = {"axis": name, "x": x, **row}
+                row = {"axis": name, "x": x, **row}
+                points.setdefault(row["method"], []).append(row)
                 yield row
     for x in TASKS[size]:
         for row in few_shot_tasks.throughput(x, methods, size, device, rounds=rounds):
             yield {"axis": "tasks", "x": x, **row}
 
 
-def _too_much(before: Row | None, x: int, size: Size) -> bool:
-    """Whether the next point, with costs in proportion, would go over a limit."""
-    if before is None:
-        return False
-    growth = x / before["x"]
-    peak, seconds = before.get("peak_bytes") or 0, before.get("seconds")
-    if seconds is None:  # it failed
-        return True
-    return peak * growth > MAX_BYTES or (seconds * growth > (MAX_SECONDS if size == "small" else math.inf))
+def _too_much(points: list[Row], x: int, size: Size) -> str | None:
+    """Why the next point should not be taken, by how the last two grew; where there is one, in proportion."""
+    if not points:
+        return None
+    if points[-1].get("seconds") is None:
+        return "the point before has no time"
+    expected = {quantity: _extrapolated(points, quantity, x) for quantity in ("peak_bytes", "seconds")}
+    if expected["peak_bytes"] > MAX_BYTES:
+        return f"it would take some {expected['peak_bytes'] / 1e9:.1f} GB"
+    if size == "small" and expected["seconds"] > MAX_SECONDS:
+        return f"it would take some {expected['seconds']:.0f} s"
+    return None
+
+
+def _extrapolated(points: list[Row], quantity: str, x: int) -> float:
+    known = [(point["x"], point[quantity]) for point in points[-2:] if point.get(quantity)]
+    if not known:
+        return 0.0
+    power = 1.0
+    if len(known) == 2:
+        (x0, y0), (x1, y1) = known
+        power = max(0.0, math.log(y1 / y0) / math.log(x1 / x0))
+    x1, y1 = known[-1]
+    return float(y1 * (x / x1) ** power)

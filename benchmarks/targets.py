@@ -12,7 +12,8 @@ from benchmarks.measure import Row
 Results = Sequence[Row]
 LIBRARIES = ("higher", "torchopt", "betty")
 """What a user of torch would pick instead; hand-written autograd has targets of its own, and JAX stands outside."""
-REPLAY = ("graph, four segments", "reverse", "mixed", "mixed, compiled", "mixed, CUDA graphs")
+REPLAY = ("reverse", "mixed", "reverse, compiled", "mixed, compiled", "mixed, CUDA graphs")
+SEGMENTS = ("graph, four segments",)
 NETWORKS = ("mlp", "conv", "transformer")
 FOR_THE_RECORD = "for the record"
 RIGHT = 1e-2
@@ -117,11 +118,11 @@ def _over_peer(key: str, column: str, names: Sequence[str], libraries: Sequence[
     return find
 
 
-def _replay(results: Results, key: str) -> Row | None:
+def _replay(results: Results, key: str, names: Sequence[str] = REPLAY) -> Row | None:
     """The fastest way of replay, among those as lean as the target asks where there are such."""
     rows = network(results, key)
     leanest = least(exact_peers(rows, (*LIBRARIES, "autograd")), "peak_bytes")
-    candidates = [row for row in ours(rows, *REPLAY) if row.get("seconds") is not None and row.get("peak_bytes") is not None]
+    candidates = [row for row in ours(rows, *names) if row.get("seconds") is not None and row.get("peak_bytes") is not None]
     lean = [row for row in candidates if leanest and row["peak_bytes"] <= _LEANNESS[key] * leanest["peak_bytes"]]
     return least(lean or candidates, "seconds")
 
@@ -129,8 +130,8 @@ def _replay(results: Results, key: str) -> Row | None:
 _LEANNESS = {"mlp": 1.0, "conv": 1 / 3, "transformer": 1 / 3}
 
 
-def _replay_over_peer(key: str, column: str, libraries: Sequence[str]) -> Callable[[Results], Found]:
-    return lambda results: ratio(_replay(results, key), least(exact_peers(network(results, key), libraries), column), column)
+def _replay_over_peer(key: str, column: str, libraries: Sequence[str], names: Sequence[str]) -> Callable[[Results], Found]:
+    return lambda results: ratio(_replay(results, key, names), least(exact_peers(network(results, key), libraries), column), column)
 
 
 def _auto(key: str) -> Callable[[Results], Found]:
@@ -230,7 +231,7 @@ _CONVEX = ("quadratic", "ridge", "logistic")
 
 
 def _tasks(results: Results) -> Found:
-    rows = table(results, "tasks", num_tasks=32)
+    rows = [row for row in table(results, "tasks", num_tasks=32) if "Omniglot" in row["problem"]]
     best = least(ours(rows, "auto"), "seconds")
     theirs = least((row for row in rows if row["library"] == "higher"), "seconds")
     if best is None or theirs is None:
@@ -243,9 +244,14 @@ def _tc2(results: Results) -> Found:
     return ratio(rows.get("TC²"), rows.get("base"), "seconds")
 
 
+def _courses(results: Results) -> list[Row]:
+    """Of MNIST with half of its labels wrong; not of the digits that stand in for it."""
+    return [row for row in table(results, "cleaning", corruption=0.5) if row["problem"].startswith("hyper-cleaning, MNIST")]
+
+
 def _cleaning(results: Results) -> Found:
     """Our time to the best peer's best accuracy, over its own, at the smallest corruption that was run."""
-    rows = table(results, "cleaning", corruption=0.5)
+    rows = _courses(results)
     courses = [row for row in rows if row.get("accuracy") is not None and row["library"] != "none"]
     theirs = [row for row in courses if row["library"] not in ("metacal", "autograd")]
     best = max(theirs, key=lambda row: (row["accuracy"], -row["seconds"]), default=None)
@@ -259,7 +265,7 @@ def _cleaning(results: Results) -> Found:
 
 
 def _f1(results: Results) -> Found:
-    last = [row for row in table(results, "cleaning", corruption=0.5) if row["library"] == "metacal" and row.get("f1") is not None]
+    last = [row for row in _courses(results) if row["library"] == "metacal" and row.get("f1") is not None]
     best = max(last, key=lambda row: row["f1"], default=None)
     return Found(None) if best is None else Found(best["f1"], f"{best['method']}, after {best['outer_step']} outer steps")
 
@@ -269,13 +275,20 @@ _EVERYBODY = (*LIBRARIES, "autograd")
 
 
 def _exact_targets(key: str) -> list[Target]:
-    graph, replay = f"exact, {_NAMES[key]}, graph", f"exact, {_NAMES[key]}, replay"
+    graph, lean = f"exact, {_NAMES[key]}, graph", round(_LEANNESS[key], 4)
+    replays = [
+        target
+        for case, names in ((f"exact, {_NAMES[key]}, replay", REPLAY), (f"exact, {_NAMES[key]}, {SEGMENTS[0]}", SEGMENTS))
+        for target in (
+            Target(case, "peak / leanest peer", lean, _replay_over_peer(key, "peak_bytes", _EVERYBODY, names)),
+            Target(case, "time / fastest library peer", 1.35, _replay_over_peer(key, "seconds", LIBRARIES, names), gpu=1.0),
+        )
+    ]
     return [
         Target(graph, "time / fastest library peer", 0.95, _over_peer(key, "seconds", ("graph",), LIBRARIES)),
         Target(graph, "time / hand-written autograd", 1.05, _over_peer(key, "seconds", ("graph",), ("autograd",))),
         Target(graph, "peak / leanest peer", 1.0, _over_peer(key, "peak_bytes", ("graph",), _EVERYBODY)),
-        Target(replay, "peak / leanest peer", round(_LEANNESS[key], 4), _replay_over_peer(key, "peak_bytes", _EVERYBODY)),
-        Target(replay, "time / fastest library peer", 1.35, _replay_over_peer(key, "seconds", LIBRARIES), gpu=1.0),
+        *replays,
         Target(f"exact, {_NAMES[key]}, auto", "peak / better of graph and mixed", 1.1, _auto(key)),
     ]
 

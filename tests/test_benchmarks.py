@@ -196,6 +196,39 @@ def test_calls_take_turns() -> None:
     assert {name: len(found) for name, found in seconds.items()} == {"a": 3, "b": 3}
 
 
+def test_a_call_that_raises_takes_no_further_turns() -> None:
+    rows: dict[str, measure.Row] = {"a": {}, "b": {}}
+    turns = iter(range(9))
+
+    def fails_later() -> None:
+        if next(turns) == 2:
+            raise RuntimeError("out of\n paper")
+
+    seconds = measure.interleaved({"a": fails_later, "b": dict}, rounds=4, on_failure=measure.noting(rows))
+    assert list(seconds) == ["b"]
+    assert len(seconds["b"]) == 4
+    assert rows == {"a": {"failed": "RuntimeError: out of paper"}, "b": {}}
+
+    def again() -> None:
+        raise RuntimeError("out of paper")
+
+    with pytest.raises(RuntimeError, match="paper"):
+        measure.interleaved({"a": again}, rounds=1)
+
+
+def test_a_point_is_left_out_by_how_costs_grow_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [{"x": x, "seconds": s, "peak_bytes": b} for x, s, b in ((1, 1.0, 1e6), (10, 1.1, 1e8))]
+    assert scaling._too_much(points, 100, "small") == "it would take some 10.0 GB"
+    flat = [{**point, "peak_bytes": 1e6} for point in points]
+    assert scaling._too_much(flat, 10_000, "small") is None
+    assert scaling._too_much(flat[:1], 100, "small") == "it would take some 100 s"
+    monkeypatch.setattr(scaling, "AXES", {"width": scaling.AXES["width"]})
+    monkeypatch.setattr(scaling, "TASKS", {"tiny": ()})
+    monkeypatch.setattr(scaling, "MAX_BYTES", 1)
+    rows = list(scaling.scaling([METHODS["graph"]], "tiny"))
+    assert ["unsupported" in row for row in rows if row["method"] == "graph"] == [False, True]
+
+
 def test_a_problem_changes_its_type_and_its_steps() -> None:
     p = PROBLEMS["learning-rates"].make("tiny")
     precise = astype(p, F64)
@@ -253,7 +286,7 @@ def test_peers_take_the_longest_courses_no_further_than_is_said(monkeypatch: pyt
 
 def test_a_method_that_compiles_anew_with_each_step_learns_no_weights() -> None:
     made = [Method(library, library, "exact", METHODS["graph"].prepare) for library in ("optax", "jaxopt", "higher")]
-    names = cleaning.learners([*METHODS.values(), *made])
+    names = cleaning.learners([*METHODS.values(), *made], "tiny")
     assert "higher" in names
     assert not {"optax", "jaxopt"} & set(names)
 
@@ -284,7 +317,7 @@ def fabricated() -> list[dict[str, Any]]:
         )
     ]  # fmt: skip
     course = [
-        {"table": "cleaning", "problem": "p", "corruption": 0.5, "method": method, "library": library, "outer_step": n,
+        {"table": "cleaning", "problem": "hyper-cleaning, MNIST, 50%", "corruption": 0.5, "method": method, "library": library, "outer_step": n,
          "seconds": seconds, "accuracy": accuracy, "f1": 0.5}
         for method, library, n, seconds, accuracy in (
             ("higher", "higher", 1, 1.0, 0.6), ("higher", "higher", 2, 2.0, 0.8),
@@ -307,6 +340,7 @@ def test_targets_are_computed_from_the_results() -> None:
     assert value("exact, MLP, graph", "peak") == (1.25, "missed")
     assert value("exact, MLP, replay", "peak") == (50 / 80, "met")
     assert value("exact, MLP, replay", "time") == (1.0, "met")  # mixed: reverse is faster and not as lean
+    assert value("exact, MLP, graph, four segments", "time") == (None, "not measured")
     assert value("exact, MLP, auto", "peak") == (1.2, "missed")
     assert value("against the limit, MLP", "graph") == (2.0, "met")
     assert value("against the limit, MLP", "replay") == (4.0, "missed")

@@ -21,12 +21,18 @@ def distillation(size: Size) -> Problem:
     features = split.train[0].shape[1]
     apply, params = mlp([features, hidden, 10])
 
+    def model(w: Tree, h: Tree, labels: Tensor) -> Tensor:
+        return apply(w, h["images"])
+
+    def loss(outputs: Tensor, h: Tree, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels)
+
     def inner(w: Tree, h: Tree, labels: Tensor) -> Tensor:
-        return F.cross_entropy(apply(w, h["images"]), labels)
+        return loss(model(w, h, labels), h, labels)
 
     learned = {"images": 0.5 + 0.25 * torch.randn(10, features, generator=torch.Generator().manual_seed(0))}
     labels = torch.arange(10)
     return Problem(
         f"distillation, {split.title}", inner, cross_entropy(apply), params, learned, [labels] * T, split.train, Rule("sgd", 0.02, 0.9),
-        step_size=0.02,
+        step_size=0.02, parts={"model": model, "outputs_loss": loss},
     )  # fmt: skip
