@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from metacal import _checks, _random, operators, tree
+from metacal import _checks, _random, derivatives, tree
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.adjoints.base import Pullback
@@ -83,17 +83,17 @@ def differentiate(
 ) -> tuple[HyperGradient, Tree]:
     """One hypergradient and the adjoint's memory for the next."""
     _check(state, hparams, inner_batches)
-    if not operators.transforming():
+    if not derivatives.transforming():
         constant("outer_batch", outer_batch)
         state, hparams = tree.detach((state, hparams))
     final, pullback = adjoint.vjp(solver, state, hparams, inner_batches, memory=memory)
-    value, aux, (d_params, direct) = operators.value_and_grad(
+    value, aux, (d_params, direct) = derivatives.value_and_grad(
         lambda w, h: value_and_aux(outer, w, h, outer_batch), final.params, hparams, name="outer"
     )
     cotangents = pullback(d_params)
     stats = cotangents.stats | {"direct_share": share(direct, cotangents.hparams)}
     result = HyperGradient(value, tree.add(direct, cotangents.hparams), cotangents.params, final, stats, aux)
-    result, memory = operators.released((result, cotangents.memory), operators.transforming())
+    result, memory = derivatives.released((result, cotangents.memory), derivatives.transforming())
     return result, memory
 
 
@@ -174,7 +174,7 @@ def solve(
     if isinstance(adjoint, Unrolled) and adjoint.mode == "graph" and adjoint.segment in (None, 1):
         return _solve_in_one_graph(solver, params, hparams, batches, adjoint, stats)
     batches = [batches[i] for i in range(len(batches))]
-    if not operators.transforming():
+    if not derivatives.transforming():
         constant("batches", batches)
     flat, combine = tree.partition((params, hparams, batches), tree.is_tensor)
     problem = _Problem(solver, adjoint, combine, len(tree.leaves(params)), len(tree.leaves(hparams)), stats)
@@ -184,7 +184,7 @@ def solve(
 def _solve_in_one_graph(
     solver: InnerSolver, params: Tree, hparams: Tree, batches: Sequence[Tree], adjoint: Unrolled, stats: dict[str, Tensor] | None
 ) -> Tree:
-    if operators.transforming():
+    if derivatives.transforming():
         adjoint.vjp(solver, solver.init(params, hparams), hparams, batches)  # raises, naming the remedy
     first = 0 if adjoint.window is None else max(0, len(batches) - adjoint.window)
     # Steps record a graph of themselves only if their inputs are in one.
@@ -206,7 +206,7 @@ class _Solve(Function):
     def forward(problem: _Problem, *flat: Tensor) -> tuple[Tensor, ...]:
         params, hparams, batches = problem.combine(flat)
         problem.noise = _random.noise(params)
-        if operators.transforming() or not any(x.requires_grad for x in flat):
+        if derivatives.transforming() or not any(x.requires_grad for x in flat):
             final = run(problem.solver, problem.solver.init(params, hparams), hparams, batches)
         else:  # the backward pass will want the saved states
             final, problem.pullback = problem.vjp(tree.detach(list(flat)))
@@ -229,7 +229,7 @@ class _Solve(Function):
         params = problem.combine(flat)[0]
         ct = tree.unflatten(tree.structure(params), list(cotangents))
         pullback, problem.pullback = problem.pullback, None  # once: it holds the states, and uses them up
-        if pullback is not None and not operators.attached(list(flat), ct):
+        if pullback is not None and not derivatives.attached(list(flat), ct):
             found = pullback(ct)
         else:  # somebody differentiates this backward pass: run it where they can see it
             assert problem.noise is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torchopt.base import GradientTransformation
 
-from metacal import _checks, operators, optim, tree
+from metacal import _checks, derivatives, operators, optim, tree
 from metacal._typing import Objective, Tree
 
 OptimizerLike = GradientTransformation | Callable[[Tree], GradientTransformation]
@@ -171,7 +171,7 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
             return w, tree.partition(s)[0]
 
         # The update's graph is gone before the products need room.
-        g_bar, w_bar, s_bar, h_bar = operators.vjp(updated, grads, state.params, floating, hparams)[1](ct)
+        g_bar, w_bar, s_bar, h_bar = derivatives.vjp(updated, grads, state.params, floating, hparams)[1](ct)
         H_ww, H_hw = operators.mixed_products(loss, state.params, hparams, batch, state.carry, g_bar)
         return (tree.add(w_bar, H_ww), s_bar), tree.add(h_bar, H_hw)
 
@@ -218,7 +218,7 @@ def _compiled(fn: Any, how: bool | str, second_order_of: operators.Loss | None =
 
     def call(*args: Any) -> Any:
         nonlocal tried
-        if operators.attached(args) or _get_current_dispatch_mode() is not None:  # a counter of flops sees eager code only
+        if derivatives.attached(args) or _get_current_dispatch_mode() is not None:  # a counter of flops sees eager code only
             return fn(*args)
         if not tried:  # eagerly: it shows a user's mistakes as they are, and learns what forward mode cannot do
             tried = True
@@ -323,7 +323,7 @@ def read(batches: Sequence[Tree], begin: int, end: int) -> Iterator[Tree]:
     """``batches[begin:end]`` one at a time, each checked: a batch is a constant."""
     for i in range(begin, end):
         batch = batches[i]
-        if not operators.transforming():
+        if not derivatives.transforming():
             constant("batches", batch)
         yield batch
 

@@ -1,15 +1,13 @@
-"""Derivatives of functions of trees: gradients, vector-Jacobian products, Hessian and mixed products.
+"""Second derivatives of an inner objective: products with its Hessian and its mixed derivative.
 
-Each picks the cheapest engine that is right where it is called. Outside any ``torch.func`` transform that is plain
-autograd, which does not record a graph of its own backward pass unless somebody differentiates the result; inside a
-transform it is ``torch.func``, and nothing is detached there.
+Each takes the cheapest engine that is right where it is called, and remembers which ones an objective's operations do not support.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,174 +16,11 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from metacal import _checks, _random, tree
 from metacal._typing import Tree
-
-with warnings.catch_warnings():
-    # The first forward-mode pass of a process makes torch load tables through its own deprecated torch.jit.script. Do it here,
-    # where the warning can be silenced without silencing the user's.
-    warnings.simplefilter("ignore")
-    with forward_ad.dual_level():
-        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
-
-
-def transforming() -> bool:
-    """Whether a ``torch.func`` transform (or a compiler) is looking at what is computed now."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def attached(*trees: Tree) -> bool:
-    """Whether somebody may differentiate what is computed from these trees: then nothing may be detached."""
-    return transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(trees)))
-
-
-def released(value: Tree, attached: bool) -> Tree:
-    """``value``, cut from any graph unless somebody may differentiate it."""
-    return value if attached else tree.detach(value)
-
-
-def accumulator(like: Tree) -> Tree:
-    """Zeros to add terms to, in float32 at least: a sum in bfloat16 stops growing after some hundred terms."""
-    return tree.map(lambda x: torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)), like)
-
-
-def _tensors(value: Tree) -> list[Tensor]:
-    return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _alias(x: Tensor, keep_graph: bool) -> Tensor:
-    # A fresh node: d/d(alias) is the partial derivative, even where one argument was computed from another.
-    return x.view_as(x) if keep_graph and x.requires_grad else x.detach().requires_grad_()
-
-
-def value_and_grad(
-    fn: Callable[..., tuple[Tensor, Any]], *primals: Tree, constants: Tree = (), name: str = "objective"
-) -> tuple[Tensor, Any, Any]:
-    """``(value, aux, gradients)`` of ``fn(*primals) -> (scalar, aux)`` with respect to every primal.
-
-    A primal that the value does not depend on has a zero gradient; a value that depends on none of the first primal's
-    leaves is an error, for it is a mistake every time. ``constants`` are what ``fn`` reads besides: the gradients stay in their
-    graph.
-    """
-    flat, treedef = tree.flatten(primals)
-    if transforming():
-        structure: Any = None  # of aux: torch.func takes a None in it for a leaf, and refuses it
-
-        def scalar(leaves: list[Tensor]) -> tuple[Tensor, tuple[Tensor, list[Any]]]:
-            nonlocal structure
-            value, aux = fn(*tree.unflatten(treedef, leaves))
-            value = _checks.scalar(name, value)
-            aux_leaves, structure = tree.flatten(aux)
-            return value, (value, aux_leaves)
-
-        with _differentiable_attention():
-            grads, (value, aux_leaves) = _seen_through(torch.func.grad(scalar, has_aux=True), flat)
-        return value, tree.unflatten(structure, aux_leaves), tree.unflatten(treedef, grads)
-    keep_graph = attached(flat, constants)
-    with torch.enable_grad(), _differentiable_attention():
-        flat = [_alias(x, keep_graph) for x in flat]
-        value, aux = fn(*tree.unflatten(treedef, flat))
-        value = _checks.scalar(name, value)
-        if not value.requires_grad:
-            raise ValueError(_independent(name))
-        grads = torch.autograd.grad(value, flat, create_graph=keep_graph, allow_unused=True)
-    if any(g is None for g in grads):
-        of_params = grads[: len(tree.leaves(primals[0]))]
-        if of_params and all(g is None for g in of_params):
-            raise ValueError(_independent(name))
-        grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, flat, strict=True)]
-    if not keep_graph:  # an autograd.Function may return what it saved, with the graph that hangs on it
-        grads = [g.detach() for g in grads]
-    return released(value, keep_graph), released(aux, keep_graph), tree.unflatten(treedef, grads)
-
-
-def _seen_through(transform: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return transform(*args)
-    except RuntimeError as error:
-        if "it must override the setup_context" not in str(error):
-            raise
-        raise RuntimeError(
-            "The objective calls a torch.autograd.Function without setup_context. A torch.func transform (vmap, grad, jvp ...) cannot see "
-            "into it, so there is no derivative here. Write it as forward(*inputs) and setup_context(ctx, inputs, output), with "
-            "generate_vmap_rule = True for vmap; or leave out the transform (a loop over tasks, Unrolled without a level above)."
-        ) from error
-
-
-def _independent(name: str) -> str:
-    return (
-        f"`{name}` should depend on its first argument, the params: its derivative is zero everywhere. Use the params that are "
-        "passed in (with a module: metacal.functional(module).apply(params, x), not module(x)), and do not detach them."
-    )
-
-
-def vjp(fn: Callable[..., Tree], *primals: Tree, constants: Tree = (), retain_graph: bool = False) -> tuple[Tree, Callable[[Tree], Any]]:
-    """``(fn(*primals), pullback)``: the pullback maps a cotangent of the output to those of the primals, once.
-
-    ``constants`` are what ``fn`` reads besides: the result stays in their graph. With ``retain_graph`` the pullback may be called again.
-    """
-    if transforming():
-        return func_vjp(fn, *primals)
-    keep_graph = attached(primals, constants)
-    flat, treedef = tree.flatten(primals)
-    with torch.enable_grad():
-        flat = [_alias(x, keep_graph) for x in flat]
-        out = fn(*tree.unflatten(treedef, flat))
-
-    def pullback(cotangent: Tree) -> Any:
-        create_graph = keep_graph or attached(cotangent)
-        pairs = [(y, ct) for y, ct in zip(tree.leaves(out), tree.leaves(cotangent), strict=True) if y.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(flat)
-        if pairs and flat:
-            ys, cts = zip(*pairs, strict=True)
-            with torch.enable_grad():
-                kept = retain_graph or create_graph
-                found = torch.autograd.grad(ys, flat, cts, retain_graph=kept, create_graph=create_graph, allow_unused=True)
-        return tree.unflatten(treedef, [torch.zeros_like(x) if g is None else g for g, x in zip(found, flat, strict=True)])
-
-    return released(out, keep_graph), pullback
-
-
-def func_vjp(fn: Callable[..., Tree], *primals: Tree) -> tuple[Tree, Callable[[Tree], Any]]:
-    """``torch.func.vjp`` of trees as :mod:`metacal.tree` knows them: the pullback may be called again and differentiated."""
-    flat, treedef = tree.flatten(primals)
-    if not flat:
-        return fn(*primals), lambda cotangent: primals
-    structure = None
-
-    def on_leaves(*leaves: Tensor) -> tuple[Tensor, ...]:
-        nonlocal structure
-        out, structure = tree.flatten(fn(*tree.unflatten(treedef, leaves)))
-        return tuple(out)
-
-    with _differentiable_attention():
-        outs, pull = _seen_through(torch.func.vjp, on_leaves, *flat)[:2]
-    return tree.unflatten(structure, outs), lambda cotangent: tree.unflatten(treedef, pull(tuple(tree.leaves(cotangent))))
-
-
-def func_jvp(fn: Callable[..., Tree], primals: tuple[Tree, ...], tangents: tuple[Tree, ...]) -> Tree:
-    """The tangent of ``fn(*primals)`` by ``torch.func.jvp``, of trees as :mod:`metacal.tree` knows them."""
-    flat, treedef = tree.flatten(primals)
-    if not flat:
-        return tree.zeros_like(fn(*primals))
-    structure = None
-
-    def on_leaves(*leaves: Tensor) -> tuple[Tensor, ...]:
-        nonlocal structure
-        out, structure = tree.flatten(fn(*tree.unflatten(treedef, leaves)))
-        return tuple(out)
-
-    with _differentiable_attention():
-        tangent = _seen_through(torch.func.jvp, on_leaves, tuple(flat), tuple(tree.leaves(tangents)))[1]
-    return tree.unflatten(structure, tangent)
-
-
-def _differentiable_attention() -> Any:
-    # Fused attention has neither a double backward nor forward AD; the mathematics backend has both.
-    return sdpa_kernel(SDPBackend.MATH)
+from metacal.derivatives import accumulator, attached, differentiable_attention, graph_nodes, released, transforming, value_and_grad, vjp
 
 
 @dataclass(frozen=True)
@@ -274,7 +109,7 @@ Variables = Callable[[Tree], tuple[Tree, ...]]
 
 
 def _products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree, variables: Variables) -> Any:
-    """``H d``, the rows of ``variables(w)`` (which start with w and may go on with h), the columns of w."""
+    """The rows of the full Hessian for ``variables(w)``, times d: ``(H_ww d,)`` or ``(H_ww d, H_hw d)``."""
     keep_graph = attached(params, hparams, direction)
     like = variables(params)
     total = accumulator(like) if loss.num_chunks > 1 else None
@@ -286,7 +121,7 @@ def _products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree,
             try:
                 with (
                     torch.enable_grad(),
-                    _differentiable_attention(),
+                    differentiable_attention(),
                     nullcontext() if engine is _reverse_over_reverse else _watching(loss),
                 ):
                     products, moved = engine(loss, params, hparams, piece, carry, direction, variables)
@@ -450,16 +285,10 @@ _twice_differentiable: WeakSet[Any] = WeakSet()
 
 def _refuse_once_differentiable(g: Tree) -> None:
     # torch raises where a backward pass reaches such a node, but the gradient by given tensors goes around it and is zero.
-    nodes = {leaf.grad_fn for leaf in tree.leaves(g)} - {None}
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
+    for node in graph_nodes(g):
         if node.name() == "torch::autograd::Error":
             raise RuntimeError(
                 "The objective calls a torch.autograd.Function whose backward is marked @once_differentiable: its second derivative, which "
                 "this hypergradient needs, would be zero without a word. Write its backward with differentiable operations and take the "
                 "mark away, or use an adjoint without second derivatives (FiniteDifference, FirstOrder)."
             )
-        found = {following for following, _ in node.next_functions} - nodes - {None}
-        nodes |= found
-        waiting.extend(found)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import metacal
-from metacal import adjoints, linear, operators, optim
+from metacal import adjoints, derivatives, linear, operators, optim
 from metacal.diagnostics import peak_bytes, work
 
 W = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -262,8 +262,8 @@ def test_what_is_computed_under_no_grad_is_a_constant_in_every_mode() -> None:
 
 def test_aux_of_value_and_grad_may_hold_none_under_transforms() -> None:
     def of_one(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _, nothing, _ = operators.value_and_grad(lambda w: ((w**2).sum(), None), w)
-        value, aux, (gradient,) = operators.value_and_grad(lambda w: ((w**2).sum(), {"none": None, "w": 3 * w}), w)
+        _, nothing, _ = derivatives.value_and_grad(lambda w: ((w**2).sum(), None), w)
+        value, aux, (gradient,) = derivatives.value_and_grad(lambda w: ((w**2).sum(), {"none": None, "w": 3 * w}), w)
         assert nothing is None
         assert aux["none"] is None
         return value, aux["w"], gradient
@@ -286,7 +286,7 @@ class ReturnsWhatItSaved(torch.autograd.Function):
 
 def test_a_gradient_hangs_on_no_graph_that_nobody_asked_for() -> None:
     c = H.clone().requires_grad_()
-    value, _, (gradient,) = operators.value_and_grad(lambda w: (ReturnsWhatItSaved.apply(w, c), None), W)
+    value, _, (gradient,) = derivatives.value_and_grad(lambda w: (ReturnsWhatItSaved.apply(w, c), None), W)
     assert torch.equal(gradient, c)
     assert not gradient.requires_grad
     assert not value.requires_grad

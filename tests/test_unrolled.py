@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metacal
-from metacal import adjoints, linear, operators, optim
+from metacal import adjoints, derivatives, linear, operators, optim
 from problems import F64, PROBLEMS, Tree, close, f64
 from test_costs import peak_bytes
 
@@ -122,16 +122,16 @@ def test_a_graph_where_somebody_differentiates_the_result(adjoint: Any) -> None:
     p = PROBLEMS["mlp_reweighting"]
     solver = metacal.descent(p.inner, optim.sgd(0.1, momentum=0.9))
 
-    def derivatives(adjoint: Any) -> list[Tensor]:
+    def both_orders(adjoint: Any) -> list[Tensor]:
         h = metacal.tree.map(lambda x: x.clone().requires_grad_(), p.hparams)
         value = p.outer(metacal.solve(solver, p.params, h, p.steps(7), adjoint), h, p.outer_batch)
         first = torch.autograd.grad(value, metacal.tree.leaves(h), create_graph=True)
         second = torch.autograd.grad(sum((g**2).sum() for g in first), metacal.tree.leaves(h))
         return [*metacal.tree.detach(first), *second]
 
-    expected = derivatives(adjoints.Unrolled())
+    expected = both_orders(adjoints.Unrolled())
     assert all(bool(g.abs().max() > 0) for g in expected)
-    close(derivatives(adjoint), expected)
+    close(both_orders(adjoint), expected)
 
 
 def test_a_segment_at_a_time_is_in_memory() -> None:
@@ -154,7 +154,7 @@ def test_auto_at_every_door(num_steps: int) -> None:
     p = PROBLEMS["mlp_reweighting"]
     solver = metacal.descent(p.inner, optim.sgd(0.1, momentum=0.9))
     fixed = metacal.fixed_point(
-        lambda w, h, b: metacal.tree.axpy(-0.1, metacal.operators.value_and_grad(_with_no_aux(p, h, b), w)[2][0], w)
+        lambda w, h, b: metacal.tree.axpy(-0.1, metacal.derivatives.value_and_grad(_with_no_aux(p, h, b), w)[2][0], w)
     )
     auto, mixed = adjoints.Unrolled("auto"), adjoints.Unrolled()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from metacal import _random, linear, operators, tree
+from metacal import _random, derivatives, linear, tree
 from metacal._typing import Tree
 from metacal.inner import InnerSolver
 
@@ -126,7 +126,7 @@ def solve_linear(
     """
     flat, combine = tree.partition((theta, b, x0), tree.is_tensor)
     call = _Call(solver, equation, combine, transpose)
-    if solver.polynomial or not operators.attached(theta, b):
+    if solver.polynomial or not derivatives.attached(theta, b):
         return call.solve(theta, b, x0)
     *v, residual_norm, num_products, curvature = _LinearSolve.apply(call, *flat)
     return linear.LinearSolution(tree.unflatten(tree.structure(b), v), residual_norm, num_products, curvature)
@@ -152,7 +152,7 @@ class _LinearSolve(Function):
         # u = A^-T ct; db = u, d theta = -(d(A v)/d theta)^T u
         u = solve_linear(call.solver, call.equation, theta, ct, transpose=not call.transpose).value
         floating, combine = tree.partition(theta)
-        d_theta = operators.func_vjp(lambda *xs: call.matvec(combine(xs))(v), *floating)[1](tree.scale(-1.0, u))
+        d_theta = derivatives.func_vjp(lambda *xs: call.matvec(combine(xs))(v), *floating)[1](tree.scale(-1.0, u))
         return None, *_in_place_of(theta, d_theta), *tree.leaves(u), *(None for _ in tree.leaves(x0))
 
     @staticmethod
@@ -163,7 +163,7 @@ class _LinearSolve(Function):
         d_theta, d_b, _d_x0 = call.combine(moved)
         floating, combine = tree.partition(theta)
         d_floating = tree.partition(d_theta)[0]
-        dA_v = operators.func_jvp(lambda *xs: call.matvec(combine(xs))(v), tuple(floating), tuple(d_floating))
+        dA_v = derivatives.func_jvp(lambda *xs: call.matvec(combine(xs))(v), tuple(floating), tuple(d_floating))
         d_v = solve_linear(call.solver, call.equation, theta, tree.sub(d_b, dA_v), transpose=call.transpose).value
         return (*tree.leaves(d_v), None, None, None)
 
@@ -193,7 +193,7 @@ class _Root(Function):
         ct = tree.unflatten(tree.structure(found.params), list(cotangents))
         v = solve_linear(call.solver, call.equation, theta, ct).value
         floating, combine = tree.partition((theta.hparams, theta.batches))
-        rest = operators.func_vjp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), *floating)[1](tree.scale(-1.0, v))
+        rest = derivatives.func_vjp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), *floating)[1](tree.scale(-1.0, v))
         d_rest = _in_place_of((theta.hparams, theta.batches), rest)
         n = len(tree.leaves(theta.hparams))
         nothing = (None for _ in [*tree.leaves(theta.params), *tree.leaves(theta.carry)])
@@ -208,7 +208,7 @@ class _Root(Function):
         floating, combine = tree.partition((theta.hparams, theta.batches))
         d_rest = tree.partition((moved.hparams, moved.batches))[0]
         # F_w dw + F_h dh = 0
-        dF = operators.func_jvp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), tuple(floating), tuple(d_rest))
+        dF = derivatives.func_jvp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), tuple(floating), tuple(d_rest))
         return tuple(tree.leaves(solve_linear(call.solver, call.equation, theta, tree.scale(-1.0, dF), transpose=False).value))
 
 

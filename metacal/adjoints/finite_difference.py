@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacal import _random, linear, operators, tree
+from metacal import _random, derivatives, linear, tree
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
@@ -126,11 +126,11 @@ class SAMA(Adjoint):
         mixed = _MixedProduct(descent, final, hparams, _chosen(self.select, batches), self.radius, _random.noise(final.params))
 
         def pullback(ct: Tree) -> Cotangents:
-            pull = operators.func_vjp(lambda g: descent.update(g, before.params, before.opt_state, hparams)[0], g)[1]
+            pull = derivatives.func_vjp(lambda g: descent.update(g, before.params, before.opt_state, hparams)[0], g)[1]
             v = tree.scale(-1.0, pull(ct)[0])  # D ct
             d_hparams, eps = mixed(v)
             stats = {"first_bad_step": bad.step(), "eps": eps, "adaptation": tree.norm(v) / lanes.nonzero(tree.norm(ct))}
-            d_hparams, stats = operators.released((d_hparams, stats), operators.attached(g, hparams, ct))
+            d_hparams, stats = derivatives.released((d_hparams, stats), derivatives.attached(g, hparams, ct))
             return Cotangents((), tree.scale(-1.0, d_hparams), stats)
 
         return final, pullback
@@ -159,7 +159,7 @@ class _MixedProduct:
         loss, found = self.descent.objective, []
         _random.restore(self.noise)
         # Plain autograd's vjp looks only at its primals: where w is in a graph, func_vjp keeps it there.
-        vjp = operators.func_vjp if operators.attached(w) else operators.vjp
+        vjp = derivatives.func_vjp if derivatives.attached(w) else derivatives.vjp
         for batch in self.batches:
             for piece in loss.pieces(batch):
                 value, pull = vjp(lambda h, b=piece: loss.fn(w, h, b, self.state.carry)[0], self.hparams)
@@ -182,6 +182,6 @@ def _descent(adjoint: Adjoint, solver: InnerSolver, batches: Sequence[Tree]) -> 
 def _chosen(select: Select, batches: Sequence[Tree]) -> Sequence[Tree]:
     selected = select(batches)
     chosen = [selected[i] for i in range(len(selected))]
-    if not operators.transforming():
+    if not derivatives.transforming():
         constant("batches", chosen)
     return chosen

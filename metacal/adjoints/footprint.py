@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from metacal import _random, tree
 from metacal._typing import Tree
+from metacal.derivatives import graph_nodes
 from metacal.inner import InnerSolver, InnerState
 
 
@@ -66,15 +67,9 @@ def _storages(value: Tree) -> Storages:
 
 def _saved_by_graph(value: Tree) -> Storages:
     """The storages that the autograd graph of a tree keeps for its backward pass, and their bytes."""
-    nodes = {leaf.grad_fn for leaf in tree.leaves(value) if isinstance(leaf, Tensor)}
-    waiting, saved = list(nodes), Storages()
-    while waiting:
-        node = waiting.pop()
-        if node is not None:
-            saved |= _storages([getattr(node, name) for name in _names_of_saved(type(node))])
-            found = {following for following, _ in node.next_functions} - nodes
-            nodes |= found
-            waiting.extend(found)
+    saved = Storages()
+    for node in graph_nodes(value):
+        saved |= _storages([getattr(node, name) for name in _names_of_saved(type(node))])
     return saved
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacal import _random, linear, operators, tree
+from metacal import _random, derivatives, linear, tree
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
 from metacal.adjoints.equation import Equation, Theta, root, solve_linear
@@ -75,7 +75,7 @@ class Implicit(Adjoint):
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
     ) -> tuple[InnerState, Pullback]:
-        keep_graph = operators.attached(hparams)
+        keep_graph = derivatives.attached(hparams)
         bad = FirstBad()
         final = advance(solver, state, hparams, batches, 0, len(batches), bad)
         equation, theta = self._equation(solver, final, hparams, batches)
@@ -99,8 +99,8 @@ class Implicit(Adjoint):
                 "curvature_min": curvature[0],
                 "curvature_max": curvature[1],
             }
-            differentiated = keep_graph or operators.attached(ct)
-            d_hparams, v, stats = operators.released((d_hparams, v, stats), differentiated)
+            differentiated = keep_graph or derivatives.attached(ct)
+            d_hparams, v, stats = derivatives.released((d_hparams, v, stats), differentiated)
             if not differentiated:
                 self._warn(stats, tree.norm(ct))
             return Cotangents((), d_hparams, stats, v if self.solver.warm_start else ())
@@ -111,7 +111,7 @@ class Implicit(Adjoint):
         equation, theta = self._equation(solver, run(solver, state, hparams, batches), hparams, batches)
         solution = lambda h: root(self.solver, equation, theta._replace(hparams=h))  # noqa: E731
         with _random.preserved(theta.params):
-            return operators.func_jvp(solution, (hparams,), (d_hparams,))
+            return derivatives.func_jvp(solution, (hparams,), (d_hparams,))
 
     def _equation(self, solver: InnerSolver, final: InnerState, hparams: Tree, batches: Sequence[Tree]) -> tuple[Equation, Theta]:
         refuse_moving_fixed_points(solver, final.params, hparams)
@@ -119,7 +119,7 @@ class Implicit(Adjoint):
             raise ValueError("`batches` should hold at least one batch: it defines the linear system. Pass [batch].")
         selected = self.select(batches)
         chosen = [selected[i] for i in range(len(selected))]
-        if not operators.transforming():
+        if not derivatives.transforming():
             constant("batches", chosen)
         equation = Equation(solver, self.operator, self.damping, _random.noise(final.params), self.stochastic)
         return equation, Theta(final.params, hparams, final.carry, chosen)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from metacal import _random, operators, tree
+from metacal import _random, derivatives, tree
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
 from metacal.adjoints.footprint import footprint
@@ -76,7 +76,7 @@ class Unrolled(Adjoint):
     ) -> tuple[InnerState, Pullback]:
         first, bad = self._first(batches), FirstBad()
         state = advance(solver, state, hparams, batches, 0, first, bad)
-        if self.mode == "graph" and operators.transforming():
+        if self.mode == "graph" and derivatives.transforming():
             raise RuntimeError(
                 "Unrolled(mode='graph') uses plain autograd, which a torch.func transform (vmap, grad, jvp ...) cannot see. "
                 "Use Unrolled(mode='mixed')."
@@ -93,7 +93,7 @@ class Unrolled(Adjoint):
             return advance(solver, start._replace(params=params), hparams, batches, first, len(batches)).params
 
         d_start = tree.zeros_like(d_params) if first else d_params
-        return operators.func_jvp(final, (start.params, hparams), (d_start, d_hparams))
+        return derivatives.func_jvp(final, (start.params, hparams), (d_start, d_hparams))
 
     def _first(self, batches: Sequence[Tree]) -> int:
         return 0 if self.window is None else max(0, len(batches) - self.window)
@@ -118,7 +118,7 @@ class Unrolled(Adjoint):
     def _graph_is_smaller(self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int) -> bool:
         """T graphs against stored states (and gradients), their cotangents, and the activations of one step with their tangents."""
         steps, segment = len(batches) - first, self._segment(len(batches) - first)
-        if not steps or operators.attached(state, hparams):
+        if not steps or derivatives.attached(state, hparams):
             return False
         if steps == 1:  # no state to store, and the step would have to be taken again
             return True
@@ -181,16 +181,16 @@ class Unrolled(Adjoint):
         stats = {"first_bad_step": bad.step()}
 
         def pullback(ct: Tree) -> Cotangents:
-            keep_graph = operators.attached(starts[0].state if starts else (), hparams, ct)
+            keep_graph = derivatives.attached(starts[0].state if starts else (), hparams, ct)
             d_state = (ct, [torch.zeros_like(x) for x in tree.partition(state.opt_state)[0]])
-            d_hparams = operators.accumulator(hparams)
+            d_hparams = derivatives.accumulator(hparams)
             with _random.preserved(state.params):
                 for (begin, end), start in zip(reversed(segments), reversed(starts), strict=True):
                     if not tape:
                         _random.restore(start.noise)
                         record(load(start).state, begin, end)
                     while tape:
-                        d_state, d_h = operators.released(tape.pop()(d_state), keep_graph)
+                        d_state, d_h = derivatives.released(tape.pop()(d_state), keep_graph)
                         d_hparams = tree.add(d_hparams, d_h)
             return Cotangents(() if first else d_state[0], tree.map(lambda d, h: d.to(h.dtype), d_hparams, hparams), stats)
 
@@ -201,7 +201,7 @@ class Unrolled(Adjoint):
         if self.mode not in ("mixed", "auto") or solver.descent is None:
             return None
         loss = solver.descent.objective
-        return solver.descent if operators.attached(state, hparams) or loss.compiled or loss.num_chunks > 1 else None
+        return solver.descent if derivatives.attached(state, hparams) or loss.compiled or loss.num_chunks > 1 else None
 
 
 _StatePullback = Callable[[StateCotangent], tuple[StateCotangent, Tree]]
@@ -227,7 +227,7 @@ def _recorded(
         rest = restore, tree.detach(after.carry)
         return after.params, floating
 
-    (w, s), pull = operators.vjp(steps, state.params, floating, hparams)
+    (w, s), pull = derivatives.vjp(steps, state.params, floating, hparams)
 
     def pullback(ct: StateCotangent) -> tuple[StateCotangent, Tree]:
         w_bar, s_bar, h_bar = pull(ct)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import _random, adjoints, linear, operators, tree
+from metacal import _random, adjoints, derivatives, linear, tree
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint
 from metacal.adjoints.equation import Theta
@@ -119,7 +119,7 @@ class Replay:
         w, s = before.state.params, before.state.opt_state
         _random.restore(before.noise)
         g, _ = descent.gradient(w, self.hparams, self.batches[last], before.state.carry)
-        pull = operators.func_vjp(lambda g: descent.update(g, w, s, self.hparams)[0], g)[1]
+        pull = derivatives.func_vjp(lambda g: descent.update(g, w, s, self.hparams)[0], g)[1]
         return tree.scale(-1.0, pull(ct)[0])
 
     def cotangent(self) -> Tree:
@@ -127,7 +127,7 @@ class Replay:
         end = self._end()
         _random.restore(end.noise)
         outer = lambda w: (_loss(self.outer, w, self.hparams, self.outer_batch), ())  # noqa: E731
-        return operators.value_and_grad(outer, end.state.params, name="outer")[2][0]
+        return derivatives.value_and_grad(outer, end.state.params, name="outer")[2][0]
 
     def system(self, adjoint: adjoints.Implicit) -> tuple[linear.LinearMap, linear.LinearMap]:
         """The matrix of an implicit method at the final params, and the one that its products sample.
@@ -150,8 +150,8 @@ class Replay:
         _random.restore(noise)
         if isinstance(adjoint.operator, (linear.Hessian, linear.Jacobian)):
             residual = lambda w: self._residual(w, h, theta, noise)  # noqa: E731
-            pull = operators.func_vjp(residual, w)[1]
-            A = linear.LinearMap(lambda v: pull(v)[0], lambda v: operators.func_jvp(residual, (w,), (v,)))
+            pull = derivatives.func_vjp(residual, w)[1]
+            A = linear.LinearMap(lambda v: pull(v)[0], lambda v: derivatives.func_jvp(residual, (w,), (v,)))
         else:
             A = adjoint.operator.matrix(self.solver, w, h, theta.batches[0], theta.carry)
         return linear.LinearMap(damped(A), damped(A.transpose), theta)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import operators, tree
+from metacal import derivatives, tree
 from metacal._typing import Tree
 
 Matvec = Callable[[Tree], Tree]
@@ -160,7 +160,7 @@ def transposable(matvec: Matvec, like: Tree) -> tuple[LinearMap, int]:
     """A with its transpose, and the products spent on deriving that: one where ``matvec`` is a plain function."""
     if isinstance(matvec, LinearMap):
         return matvec, 0
-    pull = operators.func_vjp(matvec, like)[1]  # linear: recorded anywhere, it is the transpose everywhere
+    pull = derivatives.func_vjp(matvec, like)[1]  # linear: recorded anywhere, it is the transpose everywhere
     return LinearMap(matvec, lambda v: pull(v)[0]), 1
 
 

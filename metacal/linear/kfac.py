@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metacal import operators, tree
+from metacal import derivatives, tree
 from metacal._typing import Tree
 from metacal.linear.base import Inverse, Matvec, Preconditioner
 
@@ -59,7 +59,7 @@ class KFAC(Preconditioner):
             raise ValueError(f"`damping` should be positive: Kronecker factors are singular as a rule. Got {self.damping}.")
 
     def inverse(self, matvec: Matvec, like: Tree) -> Inverse:
-        if operators.transforming():
+        if derivatives.transforming():
             raise RuntimeError(
                 "linear.KFAC reads its factors by hooks, which see nothing inside a torch.func transform or torch.compile. Call the "
                 "estimate outside of them (a loop instead of vmap), or precondition with linear.Diagonal or linear.Nystroem."

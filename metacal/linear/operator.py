@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metacal import operators
+from metacal import derivatives, operators
 from metacal._typing import Tree
 from metacal.linear.base import LinearMap, symmetric
 
@@ -75,11 +75,11 @@ class GaussNewton(Operator):
         def model(w: Tree) -> Tree:
             return self.model(w, hparams, batch)
 
-        outputs, pull = operators.func_vjp(model, params)
+        outputs, pull = derivatives.func_vjp(model, params)
         H_out = operators.hessian(loss, outputs, hparams, batch, ())
 
         def product(v: Tree) -> Tree:
-            return pull(H_out(operators.func_jvp(model, (params,), (v,))))[0]
+            return pull(H_out(derivatives.func_jvp(model, (params,), (v,))))[0]
 
         return symmetric(product)
 
@@ -92,12 +92,12 @@ class Jacobian(Operator):
         def residual(w: Tree) -> Tree:
             return inner.residual(w, hparams, batch)
 
-        pull = operators.func_vjp(residual, params)[1]
-        return LinearMap(lambda v: pull(v)[0], lambda v: operators.func_jvp(residual, (params,), (v,)))
+        pull = derivatives.func_vjp(residual, params)[1]
+        return LinearMap(lambda v: pull(v)[0], lambda v: derivatives.func_jvp(residual, (params,), (v,)))
 
     def mixed(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree, v: Tree) -> Tree:
         return _pulled_to_hparams(inner, params, hparams, batch, v)
 
 
 def _pulled_to_hparams(inner: Any, params: Tree, hparams: Tree, batch: Tree, v: Tree) -> Tree:
-    return operators.func_vjp(lambda h: inner.residual(params, h, batch), hparams)[1](v)[0]
+    return derivatives.func_vjp(lambda h: inner.residual(params, h, batch), hparams)[1](v)[0]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import _checks, _random, operators, optim, tree
+from metacal import _checks, _random, derivatives, optim, tree
 from metacal._typing import Tree
 from metacal.adjoints.implicit import refuse_moving_fixed_points
 from metacal.bilevel import BilevelOptimizer, BilevelState
@@ -57,19 +57,19 @@ class Problem:
 
     def outer(self, w: Tree, h: Tree, batch: Tree) -> Outer:
         """f with its two gradients. Work: one gradient."""
-        value, aux, (f_w, f_h) = operators.value_and_grad(lambda w, h: value_and_aux(self.objective, w, h, batch), w, h, name="outer")
+        value, aux, (f_w, f_h) = derivatives.value_and_grad(lambda w, h: value_and_aux(self.objective, w, h, batch), w, h, name="outer")
         return Outer(value, aux, f_w, f_h)
 
     def outer_params(self, w: Tree, h: Tree, batch: Tree) -> Tree:
         """f_w alone. Work: one gradient."""
-        return operators.value_and_grad(lambda w: value_and_aux(self.objective, w, h, batch), w, constants=h, name="outer")[2][0]
+        return derivatives.value_and_grad(lambda w: value_and_aux(self.objective, w, h, batch), w, constants=h, name="outer")[2][0]
 
     def inner(self, state: InnerState, h: Tree, batch: Tree) -> Inner:
         """g with its two gradients. Work: one gradient."""
         loss, carry = self.descent.objective, state.carry
         found: list[Any] = []
         for piece in loss.pieces(batch):
-            value, carry, (g_w, g_h) = operators.value_and_grad(
+            value, carry, (g_w, g_h) = derivatives.value_and_grad(
                 lambda w, h, b=piece, c=carry: loss.fn(w, h, b, c), state.params, h, name="objective"
             )
             found.append((value, g_w, g_h))
@@ -146,7 +146,7 @@ def algorithm(
         if not isinstance(state, BilevelState):
             raise TypeError(f"`state` should be a BilevelState, got {type(state).__name__}. Make one with init(params, hparams).")
         _checks.batches(inner_batches)
-        if not operators.transforming():
+        if not derivatives.transforming():
             constant("outer_batch", outer_batch)
             state = tree.detach(state)
         bad = FirstBad()
@@ -158,7 +158,7 @@ def algorithm(
         stats = {"first_bad_step": bad.step()} | stats
         hg = HyperGradient(outer.value, direction[1] if joint else direction, (), inner, stats, outer.aux)
         result = BilevelState(inner, hparams, opt_state, adjoint, state.step + 1), hg
-        released: tuple[BilevelState, HyperGradient] = operators.released(result, operators.transforming())
+        released: tuple[BilevelState, HyperGradient] = derivatives.released(result, derivatives.transforming())
         return released
 
     return BilevelOptimizer(init, step)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import _checks, operators, optim, tree
+from metacal import _checks, derivatives, optim, tree
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.bilevel import BilevelOptimizer, BilevelState
@@ -140,7 +140,7 @@ def _evolution(
 
     def step(state: BilevelState, inner_batches: Sequence[Tree], outer_batch: Tree) -> tuple[BilevelState, HyperGradient]:
         _checks.batches(inner_batches)
-        if not operators.transforming():
+        if not derivatives.transforming():
             constant("outer_batch", outer_batch)
             state = tree.detach(state)
         inner, hparams, opt_state, (start, xi), t = state
@@ -169,8 +169,8 @@ def _evolution(
             ended = t % unrolls == 0
             inner = tree.map(lambda begin, now: torch.where(ended, begin, now), start, inner)
             xi = tree.map(lambda x: torch.where(ended, 0, x), xi)
-        result: tuple[BilevelState, HyperGradient] = operators.released(
-            (BilevelState(inner, hparams, opt_state, Particles(start, xi), t), hg), operators.transforming()
+        result: tuple[BilevelState, HyperGradient] = derivatives.released(
+            (BilevelState(inner, hparams, opt_state, Particles(start, xi), t), hg), derivatives.transforming()
         )
         return result
 

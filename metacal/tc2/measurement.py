@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import operators, tree
+from metacal import derivatives, tree
 from metacal._typing import Tree
 from metacal.inner import descent, repeat, run
 from metacal.optim import sgd
@@ -60,7 +60,7 @@ def measure(problem: Problem, state: MethodState, views: Tensor, *, lr: float = 
 
     def conflict(of: Problem, split: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         def gradient(k: int) -> Tree:
-            return operators.value_and_grad(lambda theta: (of.loss(theta, state.phi, V, task(split.support, k)), None), state.theta)[2][0]
+            return derivatives.value_and_grad(lambda theta: (of.loss(theta, state.phi, V, task(split.support, k)), None), state.theta)[2][0]
 
         found = cosines([gradient(k) for k in range(K)])
         return found, measure_conflict(found)

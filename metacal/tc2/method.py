@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import operators, optim, tree
+from metacal import derivatives, optim, tree
 from metacal._typing import Tree
 from metacal.objectives import ema
 from metacal.optim import GradientTransformation
@@ -70,7 +70,7 @@ def base(problem: Problem, optimizer: GradientTransformation) -> Method:
 
     def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
         batch, now = plain.together(views, state.target), replace(plain, carry=state.carry)
-        loss, _, (gradient,) = operators.value_and_grad(lambda theta: (now.loss(theta, {}, nothing, batch), None), state.theta)
+        loss, _, (gradient,) = derivatives.value_and_grad(lambda theta: (now.loss(theta, {}, nothing, batch), None), state.theta)
         state = state._replace(carry=now.next_carry(state.theta, {}, nothing, tree.map(lambda x: x[None], batch)))
         theta, theta_opt = optim.moved(optimizer, gradient, state.theta_opt, state.theta)
         return ended(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": loss}
@@ -90,7 +90,7 @@ def project_conflicts(problem: Problem, optimizer: GradientTransformation, surge
         batch, now = problem.whole(problem.split(views, state.theta), state.target), replace(plain, carry=state.carry)
         losses, gradients = [], []
         for k in range(problem.num_tasks):
-            loss, _, (gradient,) = operators.value_and_grad(
+            loss, _, (gradient,) = derivatives.value_and_grad(
                 lambda theta, k=k: (now.loss(theta, {}, nothing, tree.index(batch, k)), None), state.theta
             )
             losses.append(loss)

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import operators, optim, tree
+from metacal import derivatives, optim, tree
 from metacal._typing import Objective, Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.bilevel import BilevelOptimizer, BilevelState, Tasks, meta_initialisation, nested
@@ -181,7 +181,7 @@ def lookahead(
         now = replace(without if int(state.step) < warmup else problem, carry=state.carry)
         support, query = problem.batch(views, state.target, state.theta)
         state, V, metrics = _calibrated(now, state, support, query, lambda state, r: calibrate(state, support, query, r.Z))
-        loss, _, (gradient,) = operators.value_and_grad(
+        loss, _, (gradient,) = derivatives.value_and_grad(
             lambda theta: (mean_over_tasks(per_task(lambda task: now.loss(theta, state.phi, V, task), support)), None), state.theta
         )
         carry = now.next_carry(state.theta, state.phi, V, support)
