@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from metacal import _checks, _random, derivatives, tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.adjoints.base import Pullback
@@ -100,8 +101,7 @@ def differentiate(
 def share(part: Tree, rest: Tree) -> Tensor:
     """``|part| / (|part| + |rest|)``, 0 where there is nothing."""
     size = tree.norm(part)
-    both = size + tree.norm(rest)
-    return size / torch.where(both == 0, torch.ones_like(both), both)
+    return size / nonzero(size + tree.norm(rest))
 
 
 def value_and_aux(outer: Any, params: Tree, hparams: Tree, batch: Tree) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
+from metacal._safe import root
 from metacal._typing import Tree
 
 
@@ -119,11 +120,9 @@ def vdot(a: Tree, b: Tree) -> Tensor:
 def norm(a: Tree) -> Tensor:
     """The Euclidean norm of all leaves together, a 0-dim tensor.
 
-    Its derivative at zero is zero: sqrt's would be infinite.
+    Its first and second derivatives at zero are zero: sqrt's would be infinite.
     """
-    square = vdot(a, a)
-    at_zero = square == 0
-    return torch.where(at_zero, square, torch.where(at_zero, torch.ones_like(square), square).sqrt())
+    return root(vdot(a, a))
 
 
 def zeros_like(tree: Tree) -> Tree:

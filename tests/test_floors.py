@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "metacal"
 # From the ground up. A name is a file of metacal/ or a folder (every file in it); what shares a line may not import each
 # other, except inside one folder, where imports must not run in a circle.
 FLOORS = (
-    ("_typing",),
+    ("_typing", "_safe"),
     ("tree",),
     ("_checks", "_random", "_fastest", "modules"),
     ("derivatives", "optim", "tasks", "objectives", "nets"),

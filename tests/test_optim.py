@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, jvp, vmap
+from torch.func import grad, jacrev, jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metacal import optim, tree
@@ -579,12 +579,6 @@ def test_a_zero_gradient_has_the_right_derivative(build: Callable[..., Any]) -> 
         without = derivative(lambda x: unrolled(x, 0))(rate)
         assert without.isfinite()
         assert close(derivative(lambda x: unrolled(x, 2))(rate), without, 1e-13)
-
-
-def test_the_root_has_slope_zero_at_zero_and_keeps_a_nan() -> None:
-    x = torch.tensor([0.0, 4.0, math.nan], dtype=F64)
-    expected = torch.tensor([0.0, 0.25, math.nan], dtype=F64)
-    torch.testing.assert_close(vmap(grad(optim.algebra.root))(x), expected, equal_nan=True, rtol=0, atol=0)
 
 
 @every_row

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metacal
-from metacal import adjoints, derivatives, linear, operators, optim
+from metacal import adjoints, linear, operators, optim
 from problems import F64, PROBLEMS, Tree, close, f64
 from test_costs import peak_bytes
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metacal import _random, derivatives, linear, tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
@@ -129,7 +130,7 @@ class SAMA(Adjoint):
             pull = derivatives.func_vjp(lambda g: descent.update(g, before.params, before.opt_state, hparams)[0], g)[1]
             v = tree.scale(-1.0, pull(ct)[0])  # D ct
             d_hparams, eps = mixed(v)
-            stats = {"first_bad_step": bad.step(), "eps": eps, "adaptation": tree.norm(v) / lanes.nonzero(tree.norm(ct))}
+            stats = {"first_bad_step": bad.step(), "eps": eps, "adaptation": tree.norm(v) / nonzero(tree.norm(ct))}
             d_hparams, stats = derivatives.released((d_hparams, stats), derivatives.attached(g, hparams, ct))
             return Cotangents((), tree.scale(-1.0, d_hparams), stats)
 
@@ -148,7 +149,7 @@ class _MixedProduct:
     noise: _random.Noise
 
     def __call__(self, v: Tree) -> tuple[Tree, Tensor]:
-        eps = self.radius / lanes.nonzero(tree.norm(v))
+        eps = self.radius / nonzero(tree.norm(v))
         with _random.preserved(self.state.params):
             ahead = self._gradient(tree.axpy(eps, v, self.state.params))
             behind = self._gradient(tree.axpy(-eps, v, self.state.params))

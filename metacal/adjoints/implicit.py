@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metacal import _random, derivatives, linear, tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
 from metacal.adjoints.equation import Equation, Theta, root, solve_linear
@@ -93,7 +94,7 @@ class Implicit(Adjoint):
                 scale = tree.norm(ct) * tree.norm(theta.params)
             stats = {
                 "first_bad_step": bad.step(),
-                "residual_norm": distance / torch.where(scale == 0, torch.ones_like(scale), scale),
+                "residual_norm": distance / nonzero(scale),
                 "linear_residual": linear_residual,
                 "num_products": num_products,
                 "curvature_min": curvature[0],

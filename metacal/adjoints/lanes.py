@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metacal import _random, tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
 
 Distribution = Literal["rademacher", "gaussian"]
@@ -126,8 +127,3 @@ def check_chunk_size(value: Any) -> None:
     """Raises ValueError unless ``value`` is a positive integer or None."""
     if value is not None:
         check_count("chunk_size", value)
-
-
-def nonzero(size: Tensor) -> Tensor:
-    """A norm to divide by: 1 for that of a zero vector, while a NaN stays one."""
-    return torch.where(size == 0, torch.ones_like(size), size)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metacal import _random, tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
@@ -84,7 +85,7 @@ class ZerothOrder(Adjoint):
 
     def jvp(self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], d_params: Tree, d_hparams: Tree) -> Tree:
         """One central difference along the tangent, ``radius`` long in the norm of params and hparams together."""
-        noise, eps = _random.noise(state.params), self.radius / lanes.nonzero(tree.norm((d_params, d_hparams)))
+        noise, eps = _random.noise(state.params), self.radius / nonzero(tree.norm((d_params, d_hparams)))
 
         def end(shift: Tensor) -> Tree:
             _random.restore(noise)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metacal import derivatives, tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
 
 Matvec = Callable[[Tree], Tree]
@@ -225,12 +226,7 @@ def accumulated(size: Tensor) -> Tensor:
 
 def relative(residual: Tree, b: Tree) -> Tensor:
     """``|residual| / |b|``, and 0 / 0 = 0."""
-    return over(tree.norm(residual), tree.norm(b))
-
-
-def over(norm: Tensor, size: Tensor) -> Tensor:
-    """``norm / size``, or ``norm`` where the size is zero."""
-    return norm / torch.where(size == 0, torch.ones_like(size), size)
+    return tree.norm(residual) / nonzero(tree.norm(b))
 
 
 def count(n: int, like: Tree) -> Tensor:

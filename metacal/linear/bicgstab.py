@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from metacal import tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
-from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, extremes, over, ratio, raveled, rayleigh, rounding, start
+from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, extremes, ratio, raveled, rayleigh, rounding, start
 
 
 @dataclass(frozen=True)
@@ -72,4 +73,4 @@ class BiCGSTAB(Krylov):
             previous, rho = rho, tree.vdot(shadow, r)
             beta = ratio(rho * alpha, previous * omega, live)
             p = r + beta * (p - omega * Ap)
-        return LinearSolution(unravel(best.value), over(best.residual, size), num_products, extremes(torch.stack(quotients)))
+        return LinearSolution(unravel(best.value), best.residual / nonzero(size), num_products, extremes(torch.stack(quotients)))

@@ -8,6 +8,7 @@ import torch
 from torch.linalg import vector_norm
 
 from metacal import tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.linear.base import (
     Krylov,
@@ -15,7 +16,6 @@ from metacal.linear.base import (
     Matvec,
     Preconditioner,
     extremes,
-    over,
     ratio,
     raveled,
     rounding,
@@ -85,7 +85,7 @@ class CG(Krylov):
             z = precondition(r)
             previous, rz, norm = rz, tree.vdot(r, z), vector_norm(r)
             p = z + ratio(rz, previous, live) * p
-        return LinearSolution(unravel(x), over(norm, vector_norm(right)), num_products, extremes(torch.stack(quotients)))
+        return LinearSolution(unravel(x), norm / nonzero(vector_norm(right)), num_products, extremes(torch.stack(quotients)))
 
     def trouble(self, residual_norm: float, num_products: float, curvature_min: float, curvature_max: float) -> str | None:
         if curvature_min <= 0:

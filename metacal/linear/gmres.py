@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.linear.base import (
     Krylov,
@@ -17,7 +18,6 @@ from metacal.linear.base import (
     accumulated,
     check_count,
     extremes,
-    over,
     ratio,
     raveled,
     start,
@@ -62,7 +62,7 @@ class GMRES(Krylov):
         for begin in range(0, self.num_steps, length):
             at = _cycle(A, at, min(length, self.num_steps - begin), small)
         curvature = extremes(torch.stack(at.quotients))
-        return LinearSolution(unravel(at.x), over(vector_norm(at.r), vector_norm(right)), at.num_products, curvature)
+        return LinearSolution(unravel(at.x), vector_norm(at.r) / nonzero(vector_norm(right)), at.num_products, curvature)
 
 
 class _State(NamedTuple):

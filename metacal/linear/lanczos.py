@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from metacal._safe import nonzero
 from metacal._typing import Tree
-from metacal.linear.base import Krylov, LinearSolution, Matvec, accumulated, extremes, over, ratio, raveled, rounding, start
+from metacal.linear.base import Krylov, LinearSolution, Matvec, accumulated, extremes, ratio, raveled, rounding, start
 from metacal.linear.orthogonal import against
 
 
@@ -57,7 +58,7 @@ class Lanczos(Krylov):
         y = _galerkin(T, beta, used & _up_to_the_best(residuals, pivots, used))
         # The residual b - A v in the basis: |b| e_1 - T y, and one component beyond.
         e = torch.cat([beta[None] - T[:1] @ y, -T[1:] @ y, -betas[-1:] * y[-1:]])
-        residual_norm, curvature = over(vector_norm(e), vector_norm(right)), extremes(_ritz_values(T, used))
+        residual_norm, curvature = vector_norm(e) / nonzero(vector_norm(right)), extremes(_ritz_values(T, used))
         return LinearSolution(unravel(x + y @ basis[:-1]), residual_norm, num_products, curvature)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch.linalg import vector_norm
 
 from metacal import tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
-from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, accumulated, extremes, over, ratio, raveled, start
+from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, accumulated, extremes, ratio, raveled, start
 
 
 @dataclass(frozen=True)
@@ -63,4 +64,5 @@ class MINRES(Krylov):
             live = live & ~(following <= accumulated(largest))  # the Krylov space is complete
             v_before, v, beta = v, ratio(one, following) * u, following
             best = best.or_better(x, phi.abs())
-        return LinearSolution(unravel(best.value), over(best.residual, vector_norm(right)), num_products, extremes(torch.stack(quotients)))
+        residual_norm = best.residual / nonzero(vector_norm(right))
+        return LinearSolution(unravel(best.value), residual_norm, num_products, extremes(torch.stack(quotients)))

@@ -9,6 +9,7 @@ import torch
 from torch.linalg import vector_norm
 
 from metacal import tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.linear.base import (
     Best,
@@ -16,7 +17,6 @@ from metacal.linear.base import (
     LinearSolution,
     Matvec,
     extremes,
-    over,
     ratio,
     raveled,
     rayleigh,
@@ -71,4 +71,5 @@ class NormalCG(Krylov):
             r = r - alpha * Ap
             norm = vector_norm(r)
             best = best.or_better(x, norm)
-        return LinearSolution(unravel(best.value), over(best.residual, vector_norm(right)), num_products, extremes(torch.stack(quotients)))
+        residual_norm = best.residual / nonzero(vector_norm(right))
+        return LinearSolution(unravel(best.value), residual_norm, num_products, extremes(torch.stack(quotients)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from metacal._safe import unit
+
 
 class Prototypes(nn.Module):
     """Cosines between representations and k learned prototypes: [..., dim_in] -> [..., k].
@@ -34,8 +36,4 @@ class Prototypes(nn.Module):
         self.weight = nn.Linear(dim_in, k, bias=False).weight
 
     def forward(self, z: Tensor) -> Tensor:
-        return _unit(z) @ _unit(self.weight).T
-
-
-def _unit(z: Tensor) -> Tensor:
-    return z * (z.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+        return unit(z) @ unit(self.weight).T

@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metacal._safe import unit
 from metacal.objectives._pairs import mean_over_pairs
-
-
-def unit(z: Tensor) -> Tensor:
-    """``z / |z|`` along the last axis, as ``z / sqrt(|z|^2 + 1e-12)``: zero, with finite derivatives, at zero."""
-    return z * (z.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
 
 
 def cross_view_cosine(x: Tensor, y: Tensor) -> Tensor:

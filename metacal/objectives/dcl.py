@@ -8,9 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from metacal._safe import unit
 from metacal._typing import Tree
 from metacal.objectives._base import Outputs, SSLObjective
-from metacal.objectives._cosine import unit
 from metacal.objectives._input import views, weight
 from metacal.objectives._pairs import mean_over_pairs
 

@@ -8,9 +8,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from metacal._safe import unit
 from metacal._typing import Tree
 from metacal.objectives._base import Outputs, SSLObjective
-from metacal.objectives._cosine import cross_view_cosine, unit
+from metacal.objectives._cosine import cross_view_cosine
 from metacal.objectives._input import views, weight
 from metacal.objectives._pairs import fill_diagonal, mean_over_pairs
 

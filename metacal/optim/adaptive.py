@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from metacal import tree
+from metacal._safe import root
 from metacal._typing import Tree
-from metacal.optim.algebra import mix, plus_decay, root
+from metacal.optim.algebra import mix, plus_decay
 from metacal.optim.transformation import DifferentiableTransformation, Hyperparameter, Multiple, at, checked, is_off, transformation
 
 

@@ -43,12 +43,6 @@ def one_minus_power(beta: Any, n: Tensor) -> Tensor:
     return -torch.expm1(n * math.log(beta)) if beta else torch.ones_like(n)
 
 
-def root(x: Tensor) -> Tensor:
-    """The square root, with derivative 0 at 0 instead of infinity (which a following 0 turns into NaN). A NaN stays NaN."""
-    at_zero = x == 0
-    return torch.where(at_zero, 0.0, torch.where(at_zero, 1.0, x).sqrt())
-
-
 def sign(x: Tensor) -> Tensor:
     """-1, 0 or 1, with derivative 0. A NaN stays NaN (``torch.sign`` makes it 0)."""
     return torch.where(x.isnan(), x, x.sign())

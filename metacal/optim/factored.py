@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from metacal import tree
+from metacal._safe import root
 from metacal._typing import Tree
-from metacal.optim.algebra import at_least, at_most, given, plus_decay, root
+from metacal.optim.algebra import at_least, at_most, given, plus_decay
 from metacal.optim.transformation import DifferentiableTransformation, Hyperparameter, at, checked, transformation
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metacal import _random, tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
 from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike
@@ -56,9 +57,8 @@ def bome(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, *, eta: Hype
     def weight(state: BilevelState, f: Outer, q: _Gap) -> Tensor:
         (fall,) = now(state, eta)
         qq = tree.vdot(q.gradient, q.gradient)
-        nothing = qq == 0
         needed = fall * qq - tree.vdot((f.params, f.hparams), q.gradient)
-        return torch.where(nothing, torch.zeros_like(qq), needed.clamp(min=0) / torch.where(nothing, torch.ones_like(qq), qq))
+        return torch.where(qq == 0, 0.0, needed.clamp(min=0) / nonzero(qq))
 
     return _gap_descent(outer, solver, optimizer, weight)
 

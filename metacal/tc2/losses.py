@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from metacal._safe import root
+
 Term = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(Z [..., d], V [d, n_f], w [..., n_f]) -> scalar``."""
 
@@ -143,9 +145,7 @@ def gram_error(V: Tensor) -> Tensor:
 
 def safe_norm(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
     """The Euclidean norm over ``dim`` (None: over everything), with first and second derivatives zero at zero, not NaN."""
-    square = x.square().sum(dim)
-    at_zero = square == 0
-    return torch.where(at_zero, square, torch.where(at_zero, torch.ones_like(square), square).sqrt())
+    return root(x.square().sum(dim))
 
 
 def _energy_outside(Z: Tensor, V: Tensor, w: Tensor) -> Tensor:
