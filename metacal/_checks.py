@@ -92,3 +92,9 @@ def scalar(name: str, value: Any) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"`{name}` should return a scalar, got a tensor of shape {tuple(value.shape)}. Reduce it: .mean() or .sum().")
     return value.reshape(())
+
+
+def whole(name: str, value: Any, at_least: int = 1) -> None:
+    """Raises ValueError unless ``value`` is an integer of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"`{name}` should be an integer of at least {at_least}, got {value!r}.")

@@ -99,8 +99,7 @@ def microbatched(objective: Objective, n: int) -> Microbatched:
     :func:`descent` differentiates it piece by piece, so that only one piece's activations are alive at a time. Right for
     objectives that are means over samples; a contrastive loss or BatchNorm sees smaller batches.
     """
-    if n < 1:
-        raise ValueError(f"`n` should be at least 1, got {n}.")
+    _checks.whole("n", n)
     return Microbatched(objective, n)
 
 

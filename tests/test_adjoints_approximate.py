@@ -1070,11 +1070,11 @@ def test_evolution_reports_what_is_not_a_number() -> None:
     ("settings", "message"),
     [
         ({"num_particles": 3}, r"`num_particles`.*even.*3"),
-        ({"num_particles": 0}, r"`num_particles`.*positive integer.*0"),
+        ({"num_particles": 0}, r"`num_particles`.*integer of at least 1.*0"),
         ({"radius": 0.0}, r"`radius`.*positive"),
-        ({"unrolls": 0}, r"`unrolls`.*positive integer"),
+        ({"unrolls": 0}, r"`unrolls`.*integer of at least 1"),
         ({"distribution": "cauchy"}, r"`distribution`.*'cauchy'"),
-        ({"chunk_size": -1}, r"`chunk_size`.*positive integer"),
+        ({"chunk_size": -1}, r"`chunk_size`.*integer of at least 1"),
     ],
 )
 def test_bad_settings_of_an_evolution_strategy_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -1180,16 +1180,16 @@ def test_peak_memory_does_not_depend_on_the_number_of_steps(method: str) -> None
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: adjoints.Forward(chunk_size=0), r"`chunk_size`.*positive integer.*0"),
-        (lambda: adjoints.Forward(max_hparams=-1), r"`max_hparams`.*positive integer.*-1"),
-        (lambda: adjoints.ForwardSketch(0), r"`num_directions`.*positive integer.*0"),
-        (lambda: adjoints.ForwardSketch(True), r"`num_directions`.*positive integer.*True"),
+        (lambda: adjoints.Forward(chunk_size=0), r"`chunk_size`.*integer of at least 1.*0"),
+        (lambda: adjoints.Forward(max_hparams=-1), r"`max_hparams`.*integer of at least 1.*-1"),
+        (lambda: adjoints.ForwardSketch(0), r"`num_directions`.*integer of at least 1.*0"),
+        (lambda: adjoints.ForwardSketch(True), r"`num_directions`.*integer of at least 1.*True"),
         (lambda: adjoints.ForwardSketch(2, "uniform"), r"`distribution`.*rademacher, gaussian.*'uniform'"),
         (lambda: adjoints.ForwardSketch(2, chunk_size=1.5), r"`chunk_size`.*1\.5"),
         (lambda: adjoints.FiniteDifference(radius=0.0), r"`radius`.*positive.*0\.0"),
         (lambda: adjoints.FiniteDifference(step_size=-1.0), r"`step_size`.*positive.*-1\.0"),
         (lambda: adjoints.SAMA(radius=float("nan")), r"`radius`.*positive.*nan"),
-        (lambda: adjoints.ZerothOrder(0), r"`num_directions`.*positive integer"),
+        (lambda: adjoints.ZerothOrder(0), r"`num_directions`.*integer of at least 1"),
         (lambda: adjoints.ZerothOrder(1, radius=-0.1), r"`radius`.*positive"),
         (lambda: adjoints.ZerothOrder(1, distribution="sphere"), r"`distribution`.*'sphere'"),
     ],

@@ -561,13 +561,13 @@ def test_top_k_keeps_the_k_largest(rows, n, seed, data):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tc2.Networks(n_f=0), "`n_f` should be at least 1, got 0"),
-        (lambda: tc2.Networks(hidden=0), "`hidden` should be at least 1, got 0"),
+        (lambda: tc2.Networks(n_f=0), "`n_f` should be an integer of at least 1, got 0"),
+        (lambda: tc2.Networks(hidden=0), "`hidden` should be an integer of at least 1, got 0"),
         (lambda: tc2.Networks(orthogonal="svd"), "`orthogonal` should be 'qr' or 'penalty', got 'svd'"),
-        (lambda: tc2.PCA(0), "`n_f` should be at least 1"),
+        (lambda: tc2.PCA(0), "`n_f` should be an integer of at least 1"),
         (lambda: tc2.PCA(1, -0.1), "`lambda_1` should be non-negative, got -0.1"),
         (lambda: tc2.SoftThreshold(float("nan")), "`threshold` should be non-negative, got nan"),
-        (lambda: tc2.TopK(0), "`k` should be at least 1"),
+        (lambda: tc2.TopK(0), "`k` should be an integer of at least 1"),
         (lambda: tc2.TopK(4)(torch.ones(2, 3)), "`k` should be at most n_f = 3"),
     ],
 )

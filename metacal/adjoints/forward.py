@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacal import _random, tree
+from metacal import _checks, _random, tree
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
@@ -51,7 +51,7 @@ class Forward(Adjoint):
 
     def __post_init__(self) -> None:
         lanes.check_chunk_size(self.chunk_size)
-        lanes.check_count("max_hparams", self.max_hparams)
+        _checks.whole("max_hparams", self.max_hparams)
 
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
@@ -114,7 +114,7 @@ class ForwardSketch(Adjoint):
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        lanes.check_count("num_directions", self.num_directions)
+        _checks.whole("num_directions", self.num_directions)
         lanes.check_distribution(self.distribution)
         lanes.check_chunk_size(self.chunk_size)
 

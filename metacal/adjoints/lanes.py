@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from metacal import _random, tree
+from metacal import _checks, _random, tree
 from metacal._safe import nonzero
 from metacal._typing import Tree
 
@@ -105,12 +105,6 @@ def average(slopes: Tensor, lanes: Tree) -> tuple[Tree, dict[str, Tensor]]:
     return mean, {"standard_error": (variance / nonzero(size)).sqrt().detach()}
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value`` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` should be a positive integer, got {value!r}.")
-
-
 def check_radius(value: Any) -> None:
     """Raises ValueError unless ``value`` is a positive number (a tensor is not looked at)."""
     if not isinstance(value, Tensor) and not (isinstance(value, (int, float)) and 0 < value < math.inf):
@@ -126,4 +120,4 @@ def check_distribution(value: Any) -> None:
 def check_chunk_size(value: Any) -> None:
     """Raises ValueError unless ``value`` is a positive integer or None."""
     if value is not None:
-        check_count("chunk_size", value)
+        _checks.whole("chunk_size", value)

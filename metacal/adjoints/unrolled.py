@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from metacal import _random, derivatives, tree
+from metacal import _checks, _random, derivatives, tree
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
 from metacal.adjoints.footprint import footprint
@@ -68,8 +68,8 @@ class Unrolled(Adjoint):
             raise ValueError(f"`mode` should be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
         for name in ("window", "segment"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` should be a positive integer or None, got {value!r}.")
+            if value is not None:
+                _checks.whole(name, value)
 
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from metacal import _random, tree
+from metacal import _checks, _random, tree
 from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import lanes
@@ -53,7 +53,7 @@ class ZerothOrder(Adjoint):
     chunk_size: int | None = 1
 
     def __post_init__(self) -> None:
-        lanes.check_count("num_directions", self.num_directions)
+        _checks.whole("num_directions", self.num_directions)
         lanes.check_radius(self.radius)
         lanes.check_distribution(self.distribution)
         lanes.check_chunk_size(self.chunk_size)

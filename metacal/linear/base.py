@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import derivatives, tree
+from metacal import _checks, derivatives, tree
 from metacal._safe import nonzero
 from metacal._typing import Tree
 
@@ -109,7 +109,7 @@ class Krylov(LinearSolver):
     products_per_step: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_count("num_steps", self.num_steps, at_least=1)
+        _checks.whole("num_steps", self.num_steps)
 
     def threshold(self, b: Tree) -> Tensor:
         """The norm of a residual that is small enough."""
@@ -232,9 +232,3 @@ def relative(residual: Tree, b: Tree) -> Tensor:
 def count(n: int, like: Tree) -> Tensor:
     """A number of products as a 0-dim tensor beside ``like``."""
     return torch.full_like(tree.vdot(like, like).detach(), float(n))
-
-
-def check_count(name: str, value: int, at_least: int) -> None:
-    """Raises ValueError unless ``value`` is an integer of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"`{name}` should be an integer >= {at_least}, got {value!r}.")

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from metacal import tree
+from metacal import _checks, tree
 from metacal._typing import Tree
-from metacal.linear.base import Inverse, Matvec, Preconditioner, check_count
+from metacal.linear.base import Inverse, Matvec, Preconditioner
 from metacal.linear.random import signs
 
 
@@ -36,7 +36,7 @@ class Diagonal(Preconditioner):
     polynomial: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count("num_probes", self.num_probes, at_least=1)
+        _checks.whole("num_probes", self.num_probes)
 
     def inverse(self, matvec: Matvec, like: Tree) -> Inverse:
         d = self.estimate(matvec, like)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from metacal import _checks
 from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.linear.base import (
@@ -16,7 +17,6 @@ from metacal.linear.base import (
     LinearSolution,
     Matvec,
     accumulated,
-    check_count,
     extremes,
     ratio,
     raveled,
@@ -51,7 +51,7 @@ class GMRES(Krylov):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.restart is not None:
-            check_count("restart", self.restart, at_least=1)
+            _checks.whole("restart", self.restart)
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         right, A, unravel = raveled(matvec, b)

@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from metacal import tree
+from metacal import _checks, tree
 from metacal._typing import Tree
 from metacal.linear.base import (
     LinearSolution,
     LinearSolver,
     Matvec,
-    check_count,
     extremes,
     ratio,
     raveled,
@@ -59,8 +58,8 @@ class Neumann(LinearSolver):
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count("num_steps", self.num_steps, at_least=0)
-        check_count("power_steps", self.power_steps, at_least=1)
+        _checks.whole("num_steps", self.num_steps, at_least=0)
+        _checks.whole("power_steps", self.power_steps)
         if self.step_size is not None and not isinstance(self.step_size, Tensor) and not self.step_size > 0:
             raise ValueError(
                 f"`step_size` should be positive (and below 2 / the largest eigenvalue), got {self.step_size}. Pass None to estimate it."

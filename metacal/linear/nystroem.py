@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from metacal import _checks
 from metacal._typing import Tree
-from metacal.linear.base import Inverse, Matvec, Preconditioner, check_count, raveled
+from metacal.linear.base import Inverse, Matvec, Preconditioner, raveled
 from metacal.linear.dense import columns
 
 
@@ -48,7 +49,7 @@ class Nystroem(Preconditioner):
     polynomial: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count("rank", self.rank, at_least=1)
+        _checks.whole("rank", self.rank)
         if self.rho is not None and not isinstance(self.rho, Tensor) and not self.rho > 0:
             raise ValueError(f"`rho` should be positive, got {self.rho}. Leave it out to have it scaled to the matrix.")
 

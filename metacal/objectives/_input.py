@@ -61,12 +61,6 @@ def carried(name: str, carry: Tree, z: Tensor) -> Tensor:
     return value.detach().to(z)
 
 
-def count(name: str, value: int, minimum: int = 1) -> None:
-    """Raises ValueError unless ``value`` is an integer >= minimum."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}` should be an integer >= {minimum}, got {value!r}.")
-
-
 def share(name: str, value: float) -> None:
     """Raises ValueError unless ``value`` is a number in [0, 1]."""
     if not 0 <= value <= 1:

@@ -8,10 +8,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from metacal import _checks
 from metacal._safe import unit
 from metacal._typing import Tree
 from metacal.objectives._base import Outputs, SSLObjective
-from metacal.objectives._input import carried, count, like, views, weight
+from metacal.objectives._input import carried, like, views, weight
 from metacal.objectives._pairs import mean_over_pairs
 
 
@@ -62,7 +63,7 @@ class MoCo(SSLObjective):
 
     def __post_init__(self) -> None:
         weight("temperature", self.temperature, positive=True)
-        count("queue_size", self.queue_size)
+        _checks.whole("queue_size", self.queue_size)
 
     def __call__(self, outputs: Outputs, carry: Tree = ()) -> Tensor:
         z = views("z", outputs.z)

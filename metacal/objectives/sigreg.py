@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metacal import _checks
 from metacal._typing import Tree
 from metacal.objectives._base import Outputs, SSLObjective
-from metacal.objectives._input import carried, count, share, views, weight
+from metacal.objectives._input import carried, share, views, weight
 
 
 @final
@@ -63,8 +64,8 @@ class SIGReg(SSLObjective):
     def __post_init__(self) -> None:
         if not isinstance(self.lambd, Tensor):
             share("lambd", self.lambd)
-        count("num_directions", self.num_directions)
-        count("knots", self.knots, minimum=2)
+        _checks.whole("num_directions", self.num_directions)
+        _checks.whole("knots", self.knots, at_least=2)
         weight("t_max", self.t_max, positive=True)
 
     def __call__(self, outputs: Outputs, carry: Tree = ()) -> Tensor:

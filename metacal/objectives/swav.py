@@ -8,9 +8,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from metacal import _checks
 from metacal._typing import Tree
 from metacal.objectives._base import Outputs, SSLObjective
-from metacal.objectives._input import count, views, weight
+from metacal.objectives._input import views, weight
 from metacal.objectives._pairs import mean_over_pairs
 
 
@@ -83,8 +84,8 @@ class SwAV(SSLObjective):
     def __post_init__(self) -> None:
         weight("temperature", self.temperature, positive=True)
         weight("epsilon", self.epsilon, positive=True)
-        count("num_steps", self.num_steps)
-        count("num_prototypes", self.num_prototypes)
+        _checks.whole("num_steps", self.num_steps)
+        _checks.whole("num_prototypes", self.num_prototypes)
 
     def __call__(self, outputs: Outputs, carry: Tree = ()) -> Tensor:
         p = views("p", outputs.p, min_samples=2)

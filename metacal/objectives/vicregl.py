@@ -7,9 +7,10 @@ from typing import final
 
 from torch import Tensor
 
+from metacal import _checks
 from metacal._typing import Tree
 from metacal.objectives._base import Outputs, SSLObjective
-from metacal.objectives._input import count, views, weight
+from metacal.objectives._input import views, weight
 from metacal.objectives.vicreg import VICReg
 
 
@@ -59,7 +60,7 @@ class VICRegL(SSLObjective):
         weight("covariance", self.covariance)
         weight("eps", self.eps, positive=True)
         if self.num_global is not None:
-            count("num_global", self.num_global)
+            _checks.whole("num_global", self.num_global)
 
     def __call__(self, outputs: Outputs, carry: Tree = ()) -> Tensor:
         z = views("z", outputs.z, min_samples=2)

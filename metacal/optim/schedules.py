@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metacal import _checks
 from metacal.optim.transformation import checked
 
 
@@ -133,7 +134,7 @@ class Step:
 
     def __post_init__(self) -> None:
         checked("start", self.start, low=-math.inf), checked("gamma", self.gamma)
-        _counted("every", self.every)
+        _checks.whole("every", self.every)
 
     def __call__(self, t: Tensor) -> Tensor:
         return self.start * self.gamma ** torch.floor(t / self.every)
@@ -154,7 +155,7 @@ class MultiStep:
     def __post_init__(self) -> None:
         checked("start", self.start, low=-math.inf), checked("gamma", self.gamma)
         for i, milestone in enumerate(self.milestones):
-            _counted(f"milestones[{i}]", milestone)
+            _checks.whole(f"milestones[{i}]", milestone)
 
     def __call__(self, t: Tensor) -> Tensor:
         reached = sum(((t >= milestone).to(t.dtype) for milestone in self.milestones), torch.zeros_like(t))
@@ -164,8 +165,3 @@ class MultiStep:
 def _share(t: Tensor, num_steps: float | Tensor) -> Tensor:
     """The part of the way that is done, at most 1."""
     return (t / num_steps).clamp(max=1.0)
-
-
-def _counted(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` should be an integer of at least 1 (it is not differentiated), got {value!r}.")

@@ -210,12 +210,6 @@ def fraction(name: str, value: Hyperparameter) -> None:
         raise ValueError(f"`{name}` should be at most 1, got {value}: it is the weight of the new estimate.")
 
 
-def whole(name: str, value: int, at_least: int = 1) -> None:
-    """Raises unless ``value`` is an integer of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"`{name}` should be an integer >= {at_least}, got {value!r}.")
-
-
 def now(state: BilevelState, *hyperparameters: Hyperparameter) -> tuple[Any, ...]:
     """The hyperparameters' values at this outer step: schedules are given the number of outer steps taken."""
     precision = torch.float32

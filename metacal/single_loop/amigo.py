@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from metacal import tree
+from metacal import _checks, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
 from metacal.inner import FirstBad, InnerSolver, OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, relative, share, whole
+from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, relative, share
 
 
 def amigo(
@@ -47,7 +47,7 @@ def amigo(
     tensor([3.])
     """
     positive("step_size", step_size)
-    whole("num_linear_steps", num_linear_steps)
+    _checks.whole("num_linear_steps", num_linear_steps)
     both = problem(outer, solver)
 
     def move(state: BilevelState, batches: Sequence[Tree], outer_batch: Tree, bad: FirstBad) -> Move:

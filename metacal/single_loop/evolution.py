@@ -116,11 +116,11 @@ def _evolution(
     *,
     persistent: bool,
 ) -> BilevelOptimizer:
-    lanes.check_count("num_particles", num_particles)
+    _checks.whole("num_particles", num_particles)
     if num_particles % 2:
         raise ValueError(f"`num_particles` should be even, for particles come in antithetic pairs; got {num_particles}.")
     if unrolls is not None:
-        lanes.check_count("unrolls", unrolls)
+        _checks.whole("unrolls", unrolls)
     lanes.check_radius(radius)
     lanes.check_distribution(distribution)
     lanes.check_chunk_size(chunk_size)

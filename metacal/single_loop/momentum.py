@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from metacal import _random, tree
+from metacal import _checks, _random, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
 from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, Outer, Problem, algorithm, count, fraction, layout, now, positive, problem, share, whole
+from metacal.single_loop._frame import Move, Outer, Problem, algorithm, count, fraction, layout, now, positive, problem, share
 from metacal.single_loop.neumann import sampled, series, truncation
 
 
@@ -59,7 +59,7 @@ def mrbo(
     >>> state.hparams.round(decimals=3)
     tensor([3.])
     """
-    whole("num_products", num_products, at_least=0)
+    _checks.whole("num_products", num_products, at_least=0)
 
     def inverse(both: Problem, a: float | Tensor) -> _Inverse:
         return lambda inner, h, batches, b: (*series(both, inner, h, batches, b, a), num_products)
@@ -103,7 +103,7 @@ def sustain(
     >>> state.hparams.round(decimals=2)
     tensor([3.])
     """
-    whole("num_terms", num_terms)
+    _checks.whole("num_terms", num_terms)
 
     def inverse(both: Problem, a: float | Tensor) -> _Inverse:
         p = truncation(num_terms)

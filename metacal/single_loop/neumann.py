@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacal import linear, tree
+from metacal import _checks, linear, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
 from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, Problem, algorithm, count, layout, now, positive, problem, share, whole
+from metacal.single_loop._frame import Move, Problem, algorithm, count, layout, now, positive, problem, share
 
 
 def stocbio(
@@ -52,7 +52,7 @@ def stocbio(
     tensor([3.])
     """
     positive("step_size", step_size)
-    whole("num_products", num_products, at_least=0)
+    _checks.whole("num_products", num_products, at_least=0)
     both = problem(outer, solver)
 
     def move(state: BilevelState, batches: Sequence[Tree], outer_batch: Tree, bad: FirstBad) -> Move:
@@ -111,7 +111,7 @@ def ttsa(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, step_size: H
     tensor([3.])
     """
     positive("step_size", step_size)
-    whole("num_terms", num_terms)
+    _checks.whole("num_terms", num_terms)
     both = problem(outer, solver)
 
     def move(state: BilevelState, batches: Sequence[Tree], outer_batch: Tree, bad: FirstBad) -> Move:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacal import tree
+from metacal import _checks, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
 from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, relative, share, whole
+from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, relative, share
 
 
 def saba(
@@ -51,8 +51,8 @@ def saba(
     tensor([3.])
     """
     positive("step_size", step_size)
-    whole("num_inner", num_inner)
-    whole("num_outer", num_outer)
+    _checks.whole("num_inner", num_inner)
+    _checks.whole("num_outer", num_outer)
     both = problem(outer, solver)
 
     def start(inner: InnerState, h: Tree) -> Tree:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metacal import _checks
 from metacal._typing import Tree
 
 
@@ -133,8 +134,8 @@ class Networks(Calibrator):
     sparsity: Sparsity | None = None
 
     def __post_init__(self) -> None:
-        _positive("n_f", 1 if self.n_f is None else self.n_f)
-        _positive("hidden", self.hidden)
+        _checks.whole("n_f", 1 if self.n_f is None else self.n_f)
+        _checks.whole("hidden", self.hidden)
         if self.orthogonal not in ("qr", "penalty"):
             raise ValueError(f"`orthogonal` should be 'qr' or 'penalty', got {self.orthogonal!r}.")
 
@@ -199,7 +200,7 @@ class PCA(Calibrator):
     lambda_1: float = 0.1
 
     def __post_init__(self) -> None:
-        _positive("n_f", self.n_f)
+        _checks.whole("n_f", self.n_f)
         _non_negative("lambda_1", self.lambda_1)
 
     def init(
@@ -294,7 +295,7 @@ class TopK(Sparsity):
     k: int
 
     def __post_init__(self) -> None:
-        _positive("k", self.k)
+        _checks.whole("k", self.k)
 
     def __call__(self, w: Tensor) -> Tensor:
         if self.k > w.shape[-1]:
@@ -372,11 +373,6 @@ def _mlp(params: Tree, x: Tensor) -> Tensor:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"`{name}` should be at least 1, got {value}.")
 
 
 def _non_negative(name: str, value: float) -> None:
