@@ -15,7 +15,7 @@ from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.adjoints.base import Pullback
-from metacal.inner import FirstBad, InnerSolver, InnerState, WithAux, advance, constant, run
+from metacal.inner import FirstBad, InnerSolver, InnerState, WithAux, advance, constant, listed, run
 
 
 class HyperGradient(NamedTuple):
@@ -173,10 +173,7 @@ def solve(
     _checks.one_device(params=params, hparams=hparams)
     if isinstance(adjoint, Unrolled) and adjoint.mode == "graph" and adjoint.segment in (None, 1):
         return _solve_in_one_graph(solver, params, hparams, batches, adjoint, stats)
-    batches = [batches[i] for i in range(len(batches))]
-    if not derivatives.transforming():
-        constant("batches", batches)
-    flat, combine = tree.partition((params, hparams, batches), tree.is_tensor)
+    flat, combine = tree.partition((params, hparams, listed(batches)), tree.is_tensor)
     problem = _Problem(solver, adjoint, combine, len(tree.leaves(params)), len(tree.leaves(hparams)), stats)
     return tree.unflatten(tree.structure(params), list(_Solve.apply(problem, *flat)))
 

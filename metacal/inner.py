@@ -327,6 +327,11 @@ def read(batches: Sequence[Tree], begin: int, end: int) -> Iterator[Tree]:
         yield batch
 
 
+def listed(batches: Sequence[Tree]) -> list[Tree]:
+    """All of them, read once and checked."""
+    return list(read(batches, 0, len(batches)))
+
+
 def constant(name: str, batch: Tree) -> None:
     """Raises ValueError if a batch leaf requires grad: nothing would flow into it."""
     leaves = tree.leaves(batch)

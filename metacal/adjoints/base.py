@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from metacal._typing import Tree
-from metacal.inner import InnerSolver, InnerState
+from metacal.inner import InnerSolver, InnerState, listed
 
 
 class Cotangents(NamedTuple):
@@ -29,6 +29,13 @@ class Cotangents(NamedTuple):
 
 
 Pullback = Callable[[Tree], Cotangents]
+Select = Callable[[Sequence[Any]], Sequence[Any]]
+"""Which batches define the last step's objective, or a linear system: ``linear.last``, ``linear.every``."""
+
+
+def chosen(select: Select, batches: Sequence[Tree]) -> list[Tree]:
+    """The selected batches, read once and checked."""
+    return listed(select(batches))
 
 
 class Adjoint(ABC):

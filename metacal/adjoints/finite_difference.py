@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +12,8 @@ from metacal import _random, derivatives, linear, tree
 from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import lanes
-from metacal.adjoints.base import Adjoint, Cotangents, Pullback
-from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, advance, constant, read
-
-Select = Callable[[Sequence[Any]], Sequence[Any]]
+from metacal.adjoints.base import Adjoint, Cotangents, Pullback, Select, chosen
+from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, advance, read
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class FiniteDifference(Adjoint):
         descent = _descent(self, solver, batches)
         bad = FirstBad()
         final = advance(solver, state, hparams, batches, 0, len(batches), bad)
-        mixed = _MixedProduct(descent, final, hparams, _chosen(self.select, batches), self.radius, _random.noise(final.params))
+        mixed = _MixedProduct(descent, final, hparams, chosen(self.select, batches), self.radius, _random.noise(final.params))
 
         def pullback(ct: Tree) -> Cotangents:
             d_hparams, eps = mixed(tree.scale(self.step_size, ct))
@@ -124,7 +121,7 @@ class SAMA(Adjoint):
         g, carry = descent.gradient(before.params, hparams, batch, before.carry)
         final = InnerState(*descent.update(g, before.params, before.opt_state, hparams), carry)
         bad.look(T - 1, final.params)
-        mixed = _MixedProduct(descent, final, hparams, _chosen(self.select, batches), self.radius, _random.noise(final.params))
+        mixed = _MixedProduct(descent, final, hparams, chosen(self.select, batches), self.radius, _random.noise(final.params))
 
         def pullback(ct: Tree) -> Cotangents:
             pull = derivatives.func_vjp(lambda g: descent.update(g, before.params, before.opt_state, hparams)[0], g)[1]
@@ -178,11 +175,3 @@ def _descent(adjoint: Adjoint, solver: InnerSolver, batches: Sequence[Tree]) -> 
     if not len(batches):
         raise ValueError(f"`batches` should hold at least one batch: {name} differentiates the last step. Pass [batch].")
     return solver.descent
-
-
-def _chosen(select: Select, batches: Sequence[Tree]) -> Sequence[Tree]:
-    selected = select(batches)
-    chosen = [selected[i] for i in range(len(selected))]
-    if not derivatives.transforming():
-        constant("batches", chosen)
-    return chosen

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from torch import Tensor
 from metacal import _random, derivatives, linear, tree
 from metacal._safe import nonzero
 from metacal._typing import Tree
-from metacal.adjoints.base import Adjoint, Cotangents, Pullback
+from metacal.adjoints.base import Adjoint, Cotangents, Pullback, Select, chosen
 from metacal.adjoints.equation import Equation, Theta, root, solve_linear
-from metacal.inner import FirstBad, InnerSolver, InnerState, advance, constant, run
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance, run
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Implicit(Adjoint):
     solver: linear.LinearSolver
     operator: linear.Operator = linear.Hessian()
     damping: float | Tensor = 0.0
-    select: Callable[[Sequence[Any]], Sequence[Any]] = linear.last
+    select: Select = linear.last
     stochastic: bool = False
 
     def __post_init__(self) -> None:
@@ -118,12 +117,8 @@ class Implicit(Adjoint):
         refuse_moving_fixed_points(solver, final.params, hparams)
         if not len(batches):
             raise ValueError("`batches` should hold at least one batch: it defines the linear system. Pass [batch].")
-        selected = self.select(batches)
-        chosen = [selected[i] for i in range(len(selected))]
-        if not derivatives.transforming():
-            constant("batches", chosen)
         equation = Equation(solver, self.operator, self.damping, _random.noise(final.params), self.stochastic)
-        return equation, Theta(final.params, hparams, final.carry, chosen)
+        return equation, Theta(final.params, hparams, final.carry, chosen(self.select, batches))
 
     def _warn(self, stats: dict[str, Tensor], size: Tensor) -> None:
         names = ("linear_residual", "num_products", "curvature_min", "curvature_max", "first_bad_step")

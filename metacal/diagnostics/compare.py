@@ -22,7 +22,7 @@ from metacal.adjoints import Unrolled
 from metacal.diagnostics.check import cosine, relative_error
 from metacal.diagnostics.cost import peak_bytes, work
 from metacal.estimate import Estimate, HyperGradient, hypergradient
-from metacal.inner import InnerState
+from metacal.inner import InnerState, listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -270,7 +270,7 @@ class _Truths:
 
 def _double(batches: Sequence[Tree]) -> list[Tree]:
     """In float64; a batch that is repeated is cast once."""
-    read = [batches[i] for i in range(len(batches))]
+    read = listed(batches)
     cast = {id(batch): batch for batch in read}
     cast = {key: tree.to(batch, torch.float64) for key, batch in cast.items()}
     return [cast[id(batch)] for batch in read]

@@ -18,8 +18,10 @@ from torch import Tensor
 from metacal import _random, adjoints, derivatives, linear, tree
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint
+from metacal.adjoints.base import chosen
 from metacal.adjoints.equation import Theta
-from metacal.inner import InnerSolver, InnerState, WithAux, advance
+from metacal.estimate import value_and_aux
+from metacal.inner import InnerSolver, InnerState, advance
 
 Value = Callable[[Tree, Tree], float]
 """(initial params, hparams) -> a number."""
@@ -126,7 +128,7 @@ class Replay:
         """``d outer / d w`` at the final params."""
         end = self._end()
         _random.restore(end.noise)
-        outer = lambda w: (_loss(self.outer, w, self.hparams, self.outer_batch), ())  # noqa: E731
+        outer = lambda w: value_and_aux(self.outer, w, self.hparams, self.outer_batch)  # noqa: E731
         return derivatives.value_and_grad(outer, end.state.params, name="outer")[2][0]
 
     def system(self, adjoint: adjoints.Implicit) -> tuple[linear.LinearMap, linear.LinearMap]:
@@ -135,7 +137,7 @@ class Replay:
         ``F_w^T + damping I`` by plain derivatives of the residual; an operator that is an approximation of it is taken as it is.
         """
         end = self._end()
-        batches = _read(adjoint.select(self.batches))
+        batches = chosen(adjoint.select, self.batches)
         theta = Theta(end.state.params, self.hparams, end.state.carry, batches)
         samples = [self._matrix(adjoint, theta._replace(batches=[b]), end.noise) for b in batches]
         mean = _mean(samples)
@@ -167,7 +169,7 @@ class Replay:
 
     def _judge(self, end: _Point, params: Tree, hparams: Tree) -> float:
         _random.restore(end.noise)
-        return float(_loss(self.outer, params, hparams, self.outer_batch))
+        return float(value_and_aux(self.outer, params, hparams, self.outer_batch)[0])
 
     def _residual(self, params: Tree, hparams: Tree, theta: Theta, noise: _random.Noise) -> Tree:
         """F, the mean over ``theta.batches``, with the carry at the end of the run."""
@@ -176,11 +178,6 @@ class Replay:
         if descent is None:
             return tree.mean([self.solver.residual(params, hparams, b) for b in theta.batches])
         return tree.mean([descent.gradient(params, hparams, b, theta.carry)[0] for b in theta.batches])
-
-
-def _loss(outer: Any, params: Tree, hparams: Tree, batch: Tree) -> Tensor:
-    value: Tensor = outer(params, hparams, batch)[0] if isinstance(outer, WithAux) else outer(params, hparams, batch)
-    return value
 
 
 def promise(adjoint: Adjoint, replay: Replay) -> Promise:
@@ -194,11 +191,11 @@ def promise(adjoint: Adjoint, replay: Replay) -> Promise:
             return _implicit(adjoint, replay)
         case adjoints.FiniteDifference():
             v = tree.scale(adjoint.step_size, replay.cotangent())
-            value = replay.finite_difference(v, adjoint.radius, _read(adjoint.select(replay.batches)))
+            value = replay.finite_difference(v, adjoint.radius, chosen(adjoint.select, replay.batches))
             return Promise(value, f"it takes {_ONE_STEP}")
         case adjoints.SAMA():
             v = replay.through_the_last_update(replay.cotangent())
-            value = replay.finite_difference(v, adjoint.radius, _read(adjoint.select(replay.batches)))
+            value = replay.finite_difference(v, adjoint.radius, chosen(adjoint.select, replay.batches))
             return Promise(value, f"it takes {_ONE_STEP}")
         case adjoints.ZerothOrder():
             return Promise(replay.run, slack=0.05)  # O(radius^2), of a run that is smooth at that scale
@@ -219,7 +216,7 @@ def _implicit(adjoint: adjoints.Implicit, replay: Replay) -> Promise:
     # Products are computed here in another way than by the method: iterations on an ill-conditioned system then part.
     shaken = [adjoint.solver.solve(_shaken(replay.system(adjoint)[1], seed), ct).value for seed in range(3)]
     slack = 10 * max(float(tree.norm(tree.sub(v, other))) for other in shaken) / (float(tree.norm(v)) or 1.0)
-    value, bias = replay.lagrangian(v, _read(adjoint.select(replay.batches))), "it is the derivative of a solution, not of the steps"
+    value, bias = replay.lagrangian(v, chosen(adjoint.select, replay.batches)), "it is the derivative of a solution, not of the steps"
     if not isinstance(adjoint.operator, (linear.Hessian, linear.Jacobian)):
         bias += f", and inverts another matrix than the Hessian ({type(adjoint.operator).__name__})"
     if isinstance(adjoint.solver, linear.Identity):
@@ -241,7 +238,3 @@ def _shaken(A: linear.LinearMap, seed: int) -> linear.LinearMap:
 def _mean(maps: Sequence[linear.LinearMap]) -> linear.LinearMap:
     everything = maps[0].at._replace(batches=[b for A in maps for b in A.at.batches])
     return linear.LinearMap(lambda v: tree.mean([A(v) for A in maps]), lambda v: tree.mean([A.transpose(v) for A in maps]), everything)
-
-
-def _read(batches: Sequence[Tree]) -> list[Tree]:
-    return [batches[i] for i in range(len(batches))]

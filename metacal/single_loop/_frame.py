@@ -15,7 +15,7 @@ from metacal.adjoints.implicit import refuse_moving_fixed_points
 from metacal.bilevel import BilevelOptimizer, BilevelState
 from metacal.estimate import HyperGradient, value_and_aux
 from metacal.estimate import share as share
-from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, OptimizerLike, constant, read
+from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, OptimizerLike, constant, listed
 from metacal.linear.base import count as count
 from metacal.linear.base import relative as relative
 from metacal.optim.transformation import Hyperparameter, at, checked
@@ -150,7 +150,7 @@ def algorithm(
             constant("outer_batch", outer_batch)
             state = tree.detach(state)
         bad = FirstBad()
-        inner, adjoint, direction, outer, stats = move(state, list(read(inner_batches, 0, len(inner_batches))), outer_batch, bad)
+        inner, adjoint, direction, outer, stats = move(state, listed(inner_batches), outer_batch, bad)
         variables = (inner.params, state.hparams) if joint else state.hparams
         variables, opt_state = optim.moved(optim.resolve(optimizer, ()), direction, state.opt_state, variables)
         inner, hparams = (inner._replace(params=variables[0]), variables[1]) if joint else (inner, variables)

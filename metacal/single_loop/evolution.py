@@ -12,8 +12,8 @@ from metacal import _checks, derivatives, optim, tree
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.bilevel import BilevelOptimizer, BilevelState
-from metacal.estimate import HyperGradient
-from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike, WithAux, advance, constant
+from metacal.estimate import HyperGradient, value_and_aux
+from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike, advance, constant
 
 
 class Particles(NamedTuple):
@@ -149,7 +149,7 @@ def _evolution(
             inner, u = lane
             h, bad = tree.axpy(radius, u, hparams), FirstBad()
             inner = advance(solver, inner, h, inner_batches, 0, len(inner_batches), bad)
-            value, aux = outer(inner.params, h, outer_batch) if isinstance(outer, WithAux) else (outer(inner.params, h, outer_batch), {})
+            value, aux = value_and_aux(outer, inner.params, h, outer_batch)
             return (inner, 1.0 * _checks.scalar("outer", value), aux, bad.step()), ()  # it may be a count
 
         u = lanes.directions(hparams, pairs, distribution)
