@@ -24,13 +24,9 @@ class Noise(NamedTuple):
 def noise(*trees: Tree) -> Noise:
     """The present state of the CPU generator and of those of the CUDA devices on which the trees live."""
     with _unseen():
-        return _noise(trees)
-
-
-def _noise(trees: Tree) -> Noise:
-    devices = {leaf.device for leaf in tree.leaves(trees) if isinstance(leaf, Tensor) and leaf.is_cuda}
-    indices = {torch.cuda.current_device() if d.index is None else d.index for d in devices}
-    return Noise(torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in sorted(indices)})
+        devices = {leaf.device for leaf in tree.leaves(trees) if isinstance(leaf, Tensor) and leaf.is_cuda}
+        indices = {torch.cuda.current_device() if d.index is None else d.index for d in devices}
+        return Noise(torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in sorted(indices)})
 
 
 def same_or(previous: Noise | None, now: Noise) -> Noise:

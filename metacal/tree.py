@@ -140,11 +140,11 @@ def clone(tree: Tree) -> Tree:
     return map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def to(tree: Tree, target: torch.device | torch.dtype | str, *, non_blocking: bool = False) -> Tree:
+def to(tree: Tree, target: torch.device | torch.dtype | str) -> Tree:
     """Moves every tensor to a device, or casts the floating ones to a dtype (integer leaves keep theirs)."""
     if isinstance(target, torch.dtype):
         return map(lambda leaf: leaf.to(target) if is_floating(leaf) else leaf, tree)
-    return map(lambda leaf: leaf.to(target, non_blocking=non_blocking) if isinstance(leaf, Tensor) else leaf, tree)
+    return map(lambda leaf: leaf.to(target) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def stack(trees: list[Tree]) -> Tree:

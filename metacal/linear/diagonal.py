@@ -10,7 +10,7 @@ import torch
 from metacal import _checks, tree
 from metacal._typing import Tree
 from metacal.linear.base import Inverse, Matvec, Preconditioner
-from metacal.linear.random import signs
+from metacal.linear.signs import signs
 
 
 @dataclass(frozen=True)

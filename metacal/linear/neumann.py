@@ -21,7 +21,7 @@ from metacal.linear.base import (
     relative,
     start,
 )
-from metacal.linear.random import signs
+from metacal.linear.signs import signs
 
 SAFETY = 1.1
 """Power iterations underestimate; the series bears a factor of two."""

@@ -1,4 +1,4 @@
-"""Random vectors of fixed seeds: nobody else's random numbers change, and every lane of a vmap sees the same."""
+"""Random signs of fixed seeds: nobody else's random numbers change, and every lane of a vmap sees the same."""
 
 from __future__ import annotations
 
