@@ -14,7 +14,8 @@ from metacal._fastest import fastest
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint
 from metacal.estimate import HyperGradient, differentiate
-from metacal.inner import InnerSolver, InnerState, OptimizerLike
+from metacal.inner import InnerSolver, InnerState
+from metacal.optim import OptimizerLike
 
 
 class BilevelState(NamedTuple):

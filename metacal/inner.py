@@ -10,12 +10,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torchopt.base import GradientTransformation
 
 from metacal import _checks, derivatives, operators, optim, tree
 from metacal._typing import Objective, Tree
-
-OptimizerLike = GradientTransformation | Callable[[Tree], GradientTransformation]
+from metacal.optim import OptimizerLike
 
 
 class InnerState(NamedTuple):

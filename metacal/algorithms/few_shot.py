@@ -19,7 +19,8 @@ from metacal.adjoints import Adjoint, Cotangents, FirstOrder, Implicit, Unrolled
 from metacal.adjoints.base import Pullback
 from metacal.bilevel import BilevelState, meta_initialisation
 from metacal.estimate import HyperGradient
-from metacal.inner import InnerSolver, InnerState, OptimizerLike, descent, proximal, repeat, run
+from metacal.inner import InnerSolver, InnerState, descent, proximal, repeat, run
+from metacal.optim import OptimizerLike
 
 TaskLoss = Callable[[Tree, Tree], Tensor]
 Tasks = Literal["loop", "vmap", "auto"]

@@ -8,6 +8,7 @@ from metacal.optim.adaptive import adadelta as adadelta
 from metacal.optim.adaptive import adagrad as adagrad
 from metacal.optim.adaptive import rmsprop as rmsprop
 from metacal.optim.factored import adafactor as adafactor
+from metacal.optim.foreign import OptimizerLike as OptimizerLike
 from metacal.optim.foreign import moves_at_zero_gradient as moves_at_zero_gradient
 from metacal.optim.foreign import probe as probe
 from metacal.optim.foreign import resolve as resolve

@@ -17,11 +17,11 @@ from metacal import tree
 from metacal._typing import Tree
 from metacal.optim.transformation import GradientTransformation, is_differentiable
 
-Optimizer: TypeAlias = "GradientTransformation | Callable[[Tree], GradientTransformation]"
+OptimizerLike: TypeAlias = "GradientTransformation | Callable[[Tree], GradientTransformation]"
 """A transformation, or ``hparams -> transformation``."""
 
 
-def resolve(optimizer: Optimizer, hparams: Tree) -> GradientTransformation:
+def resolve(optimizer: OptimizerLike, hparams: Tree) -> GradientTransformation:
     """The transformation itself, or the one built for ``hparams``; a foreign one is probed the first time it is seen.
 
     Cost: one look-up per call; the probe once per optimizer (or factory) takes some milliseconds.
@@ -42,7 +42,7 @@ def resolve(optimizer: Optimizer, hparams: Tree) -> GradientTransformation:
     return transformation
 
 
-def probe(optimizer: Optimizer, hparams: Tree = ()) -> None:
+def probe(optimizer: OptimizerLike, hparams: Tree = ()) -> None:
     """Raises ValueError unless the optimizer's ``update(..., inplace=False)`` is a pure function with the right derivative.
 
     On a handful of float64 numbers, with a non-zero state, small and large gradients: equal input gives equal output, also from
@@ -60,7 +60,7 @@ def probe(optimizer: Optimizer, hparams: Tree = ()) -> None:
         raise ValueError(complaint)
 
 
-def moves_at_zero_gradient(optimizer: Optimizer, hparams: Tree, params: Tree) -> bool:
+def moves_at_zero_gradient(optimizer: OptimizerLike, hparams: Tree, params: Tree) -> bool:
     """Whether a zero gradient moves all-ones params from a fresh state: weight decay inside the optimizer.
 
     The fixed points of such an optimizer are not the zeros of the objective's gradient. Looked at for three steps (a warm-up's first
@@ -81,7 +81,7 @@ def moves_at_zero_gradient(optimizer: Optimizer, hparams: Tree, params: Tree) ->
     return False
 
 
-def _build(optimizer: Optimizer, hparams: Tree) -> GradientTransformation:
+def _build(optimizer: OptimizerLike, hparams: Tree) -> GradientTransformation:
     if isinstance(optimizer, GradientTransformation):
         return optimizer
     wanted = "`optimizer` should be a metacal.optim or torchopt transformation, or a function hparams -> transformation"
@@ -99,7 +99,7 @@ def _build(optimizer: Optimizer, hparams: Tree) -> GradientTransformation:
 _verdicts: dict[int, str | None] = {}
 
 
-def _verdict(optimizer: Optimizer, hparams: Tree) -> str | None:
+def _verdict(optimizer: OptimizerLike, hparams: Tree) -> str | None:
     seen = optimizer.update if isinstance(optimizer, GradientTransformation) else optimizer
     if id(seen) in _verdicts:
         return _verdicts[id(seen)]
@@ -120,7 +120,7 @@ _OURS = (
 )
 
 
-def _complaint(optimizer: Optimizer, hparams: Tree) -> str | None:
+def _complaint(optimizer: OptimizerLike, hparams: Tree) -> str | None:
     """What is wrong with an optimizer, in words; None if nothing is."""
     concrete = () if isinstance(optimizer, GradientTransformation) else tree.map(_stand_in, hparams)
     update = _build(optimizer, concrete).update
@@ -133,7 +133,7 @@ def _complaint(optimizer: Optimizer, hparams: Tree) -> str | None:
     return next((f"`optimizer` ({name}) cannot be differentiated through: {f}" for f in findings if f is not None), None)
 
 
-def _finding(optimizer: Optimizer, hparams: Tree, gradient_size: float) -> str | None:
+def _finding(optimizer: OptimizerLike, hparams: Tree, gradient_size: float) -> str | None:
     device = next((h.device for h in tree.leaves(hparams) if isinstance(h, Tensor)), torch.device("cpu"))
     params = {"a": 2 * _numbers(0, (3,), device), "b": 2 * _numbers(1, (2, 2), device)}
     gradient = tree.map(lambda p: gradient_size * (p - 1.3), params)

@@ -15,9 +15,10 @@ from metacal.adjoints.implicit import refuse_moving_fixed_points
 from metacal.bilevel import BilevelOptimizer, BilevelState
 from metacal.estimate import HyperGradient, value_and_aux
 from metacal.estimate import share as share
-from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, OptimizerLike, constant, listed
+from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, constant, listed
 from metacal.linear.base import count as count
 from metacal.linear.base import relative as relative
+from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter, at, checked
 
 

@@ -13,7 +13,8 @@ from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.bilevel import BilevelOptimizer, BilevelState
 from metacal.estimate import HyperGradient, value_and_aux
-from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike, advance, constant
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance, constant
+from metacal.optim import OptimizerLike
 
 
 class Particles(NamedTuple):

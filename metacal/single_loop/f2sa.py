@@ -10,7 +10,8 @@ from typing import Any
 from metacal import _random, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
-from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike
+from metacal.inner import FirstBad, InnerSolver, InnerState
+from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
 from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, share
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from metacal import _checks, _random, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
-from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike
+from metacal.inner import FirstBad, InnerSolver, InnerState
+from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
 from metacal.single_loop._frame import Move, Outer, Problem, algorithm, count, fraction, layout, now, positive, problem, share
 from metacal.single_loop.neumann import sampled, series, truncation

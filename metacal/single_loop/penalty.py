@@ -12,7 +12,8 @@ from metacal import _random, tree
 from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
-from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike
+from metacal.inner import FirstBad, InnerSolver, InnerState
+from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
 from metacal.single_loop._frame import Inner, Move, Outer, Problem, algorithm, count, layout, now, positive, problem, share
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from metacal import _checks, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
-from metacal.inner import FirstBad, InnerSolver, InnerState, OptimizerLike
+from metacal.inner import FirstBad, InnerSolver, InnerState
+from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
 from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, relative, share
 

@@ -8,7 +8,8 @@ from typing import Any
 from metacal import tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
-from metacal.inner import FirstBad, InnerSolver, OptimizerLike
+from metacal.inner import FirstBad, InnerSolver
+from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
 from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, relative, share
 
