@@ -289,12 +289,12 @@ def test_weight_decay_in_the_optimizer_is_refused_by_implicit(optimizer: Any, do
     ("make", "message"),
     [
         (lambda: adjoints.Unrolled(mode="mixd"), "`mode`.*mixed.*reverse.*graph.*'mixd'"),  # type: ignore[arg-type]
-        (lambda: adjoints.Unrolled(window=0), "`window`.*positive.*0"),
-        (lambda: adjoints.Unrolled(segment=-1), "`segment`.*positive.*-1"),
+        (lambda: adjoints.Unrolled(window=0), "`window`.*integer of at least 1.*0"),
+        (lambda: adjoints.Unrolled(segment=-1), "`segment`.*integer of at least 1.*-1"),
         (lambda: adjoints.Unrolled(segment=2.5), "`segment`.*integer.*2.5"),  # type: ignore[arg-type]
         (lambda: adjoints.Implicit("cg"), "`solver`.*linear solver.*str"),  # type: ignore[arg-type]
-        (lambda: linear.CG(0), "`num_steps`.*>= 1.*0"),
-        (lambda: linear.Neumann(num_steps=-1, step_size=0.1), "`num_steps`.*>= 0.*-1"),
+        (lambda: linear.CG(0), "`num_steps`.*at least 1.*0"),
+        (lambda: linear.Neumann(num_steps=-1, step_size=0.1), "`num_steps`.*at least 0.*-1"),
         (lambda: linear.Neumann(num_steps=3, step_size=0.0), "`step_size`.*positive.*0"),
         (lambda: metacal.microbatched(P.inner, 0), "`n`.*at least 1.*0"),
     ],
