@@ -15,7 +15,7 @@ from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.adjoints.base import Pullback
-from metacal.inner import FirstBad, InnerSolver, InnerState, WithAux, advance, constant, listed, run
+from metacal.inner import InnerSolver, InnerState, WithAux, constant, listed, run
 
 
 class HyperGradient(NamedTuple):
@@ -83,7 +83,9 @@ def differentiate(
     memory: Tree,
 ) -> tuple[HyperGradient, Tree]:
     """One hypergradient and the adjoint's memory for the next."""
-    _check(state, hparams, inner_batches)
+    if not isinstance(state, InnerState):
+        raise TypeError(f"`state` should be an InnerState, got {type(state).__name__}. Make one with solver.init(params, hparams).")
+    _check(state.params, hparams, inner_batches)
     if not derivatives.transforming():
         constant("outer_batch", outer_batch)
         state, hparams = tree.detach((state, hparams))
@@ -109,12 +111,10 @@ def value_and_aux(outer: Any, params: Tree, hparams: Tree, batch: Tree) -> tuple
     return outer(params, hparams, batch) if isinstance(outer, WithAux) else (outer(params, hparams, batch), {})
 
 
-def _check(state: Any, hparams: Tree, batches: Any) -> None:
-    if not isinstance(state, InnerState):
-        raise TypeError(f"`state` should be an InnerState, got {type(state).__name__}. Make one with solver.init(params, hparams).")
-    _checks.differentiable_tree("params", state.params)
+def _check(params: Tree, hparams: Tree, batches: Any) -> None:
+    _checks.differentiable_tree("params", params)
     _checks.differentiable_tree("hparams", hparams)
-    _checks.one_device(params=state.params, hparams=hparams)
+    _checks.one_device(params=params, hparams=hparams)
     _checks.batches(batches)
 
 
@@ -167,33 +167,15 @@ def solve(
     tensor(0.7500)
     """
     adjoint = Unrolled() if adjoint is None else adjoint
-    _checks.batches(batches)
-    _checks.differentiable_tree("params", params)
-    _checks.differentiable_tree("hparams", hparams)
-    _checks.one_device(params=params, hparams=hparams)
+    _check(params, hparams, batches)
     if isinstance(adjoint, Unrolled) and adjoint.mode == "graph" and adjoint.segment in (None, 1):
-        return _solve_in_one_graph(solver, params, hparams, batches, adjoint, stats)
+        final, bad = adjoint.in_one_graph(solver, params, hparams, batches)
+        if stats is not None:
+            stats["first_bad_step"] = bad.step()
+        return final.params
     flat, combine = tree.partition((params, hparams, listed(batches)), tree.is_tensor)
     problem = _Problem(solver, adjoint, combine, len(tree.leaves(params)), len(tree.leaves(hparams)), stats)
     return tree.unflatten(tree.structure(params), list(_Solve.apply(problem, *flat)))
-
-
-def _solve_in_one_graph(
-    solver: InnerSolver, params: Tree, hparams: Tree, batches: Sequence[Tree], adjoint: Unrolled, stats: dict[str, Tensor] | None
-) -> Tree:
-    if derivatives.transforming():
-        adjoint.vjp(solver, solver.init(params, hparams), hparams, batches)  # raises, naming the remedy
-    first = 0 if adjoint.window is None else max(0, len(batches) - adjoint.window)
-    # Steps record a graph of themselves only if their inputs are in one.
-    params = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), params)
-    state, bad = solver.init(params, hparams), FirstBad()
-    if first:
-        state = tree.detach(advance(solver, tree.detach(state), tree.detach(hparams), batches, 0, first, bad))
-        state = state._replace(params=tree.map(lambda x: x.requires_grad_(), state.params))
-    final = advance(solver, state, hparams, batches, first, len(batches), bad)
-    if stats is not None:
-        stats["first_bad_step"] = bad.step()
-    return final.params
 
 
 class _Solve(Function):

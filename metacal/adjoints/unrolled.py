@@ -74,16 +74,24 @@ class Unrolled(Adjoint):
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
     ) -> tuple[InnerState, Pullback]:
+        self._refuse_transforms()
         first, bad = self._first(batches), FirstBad()
         state = advance(solver, state, hparams, batches, 0, first, bad)
-        if self.mode == "graph" and derivatives.transforming():
-            raise RuntimeError(
-                "Unrolled(mode='graph') uses plain autograd, which a torch.func transform (vmap, grad, jvp ...) cannot see. "
-                "Use Unrolled(mode='mixed')."
-            )
         if self.mode == "auto":
             return self._auto(solver, state, hparams, batches, first, bad)
         return self._sweep(solver, state, hparams, batches, first, bad)
+
+    def in_one_graph(self, solver: InnerSolver, params: Tree, hparams: Tree, batches: Sequence[Tree]) -> tuple[InnerState, FirstBad]:
+        """The run from the params in the caller's own graph, which plain autograd then goes back through: ``graph`` without segments."""
+        self._refuse_transforms()
+        first, bad = self._first(batches), FirstBad()
+        # Steps record a graph of themselves only if their inputs are in one.
+        params = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), params)
+        state = solver.init(params, hparams)
+        if first:
+            state = tree.detach(advance(solver, tree.detach(state), tree.detach(hparams), batches, 0, first, bad))
+            state = state._replace(params=tree.map(lambda x: x.requires_grad_(), state.params))
+        return advance(solver, state, hparams, batches, first, len(batches), bad), bad
 
     def jvp(self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], d_params: Tree, d_hparams: Tree) -> Tree:
         first = self._first(batches)
@@ -94,6 +102,13 @@ class Unrolled(Adjoint):
 
         d_start = tree.zeros_like(d_params) if first else d_params
         return derivatives.func_jvp(final, (start.params, hparams), (d_start, d_hparams))
+
+    def _refuse_transforms(self) -> None:
+        if self.mode == "graph" and derivatives.transforming():
+            raise RuntimeError(
+                "Unrolled(mode='graph') uses plain autograd, which a torch.func transform (vmap, grad, jvp ...) cannot see. "
+                "Use Unrolled(mode='mixed')."
+            )
 
     def _first(self, batches: Sequence[Tree]) -> int:
         return 0 if self.window is None else max(0, len(batches) - self.window)
