@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from metacal import _checks, derivatives, operators, optim, tree
+from metacal import _checks, _compile, derivatives, operators, optim, tree
 from metacal._typing import Objective, Tree
 from metacal.optim import OptimizerLike
 
@@ -136,8 +134,10 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
     >>> metacal.run(solver, state, torch.ones(2), metacal.repeat(None, 2)).params
     tensor([0.7500, 0.7500])
     """
+    _compile.refuse_without_cuda(compile)
     loss = replace(_loss(objective, with_carry=carry is not None), compiled=bool(compile))
 
+    # What follows are functions and no partials: what is compiled is a copy of their code.
     def gradient(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> tuple[Tree, Tree]:
         return operators.gradient(loss, params, hparams, batch, carry)
 
@@ -175,66 +175,18 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
     def init(params: Tree, hparams: Tree) -> InnerState:
         _checks.differentiable_tree("params", params)
         _checks.differentiable_tree("hparams", hparams)
-        if compile == "cuda-graphs" and not all(leaf.is_cuda for leaf in tree.leaves(params)):
-            raise ValueError(_NO_CUDA)
+        _compile.refuse_without_cuda(compile, params)
         return InnerState(params, optim.resolve(optimizer, hparams).init(params), () if carry is None else tree.clone(carry))
 
-    if compile == "cuda-graphs" and not torch.cuda.is_available():
-        raise ValueError(_NO_CUDA)
     if compile:
-        gradient, step = (_compiled(fn, compile) for fn in (gradient, step))
-        products, product, pullback = (_compiled(fn, compile, second_order_of=loss) for fn in (products, product, pullback))
+        gradient, step = (_compile.compiled(fn, compile) for fn in (gradient, step))
+        products, product, pullback = (_compile.compiled(fn, compile, second_order_of=loss) for fn in (products, product, pullback))
 
     def residual(params: Tree, hparams: Tree, batch: Tree) -> Tree:
         return gradient(params, hparams, batch, () if carry is None else carry)[0]
 
     parts = Descent(loss, gradient, products, update, hessian, step, pullback)
     return InnerSolver(init, lambda state, hparams, batch: step(state, hparams, batch)[0], residual, parts)
-
-
-_NO_CUDA = '`compile="cuda-graphs"` needs the params on a CUDA device: metacal.tree.to(params, "cuda"). Elsewhere pass compile=True.'
-
-
-def _compiled(fn: Any, how: bool | str, second_order_of: operators.Loss | None = None) -> Callable[..., Any]:
-    """``fn`` as one graph of ``torch.compile``, and as it is where that would be wrong or impossible.
-
-    Compiled code has one derivative: where somebody differentiates ``fn``, it is eager. So are second-order products without forward
-    mode: of an ``autograd.Function`` without a jvp rule, traced code drops the second derivative and says nothing.
-    """
-    from torch._dynamo.exc import TorchDynamoException  # a second of imports
-
-    cuda_graphs = how == "cuda-graphs"
-    backend = "inductor" if cuda_graphs or not isinstance(how, str) else how
-    # Noise as eager code draws it: the step and its pullback have to see the same, and so have a compiled run and an eager one.
-    options: Any = {"fallback_random": True, "triton.cudagraphs": cuda_graphs} if backend == "inductor" else None
-    # A code object of its own: torch counts recompilations per code object, and gives up after eight.
-    own = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    fast = torch.compile(own, fullgraph=True, backend=backend, options=options)
-
-    tried = False
-
-    def call(*args: Any) -> Any:
-        nonlocal tried
-        if derivatives.attached(args) or _get_current_dispatch_mode() is not None:  # a counter of flops sees eager code only
-            return fn(*args)
-        if not tried:  # eagerly: it shows a user's mistakes as they are, and learns what forward mode cannot do
-            tried = True
-            return fn(*args)
-        if second_order_of is not None and not operators.has_forward_mode(second_order_of):
-            return fn(*args)
-        if cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        try:
-            with torch.enable_grad():  # one mode, whoever calls: another would be another graph
-                out = fast(*tree.detach(args))
-        except TorchDynamoException as error:
-            raise RuntimeError(
-                f"The objective (or the optimizer) cannot be compiled as one graph: {' '.join(str(error).split()[:40])} ... "
-                "Pass compile=False, or rewrite the operation that torch names here."
-            ) from error
-        return tree.clone(out) if cuda_graphs else out  # the next replay overwrites the graph's buffers
-
-    return call
 
 
 def proximal(objective: Objective, optimizer: OptimizerLike, strength: float | Tensor, *, anchor: Callable[[Tree], Tree]) -> InnerSolver:

@@ -19,7 +19,7 @@ FLOORS = (
     ("_checks", "_random", "_fastest", "modules"),
     ("derivatives", "optim", "tasks", "objectives", "nets"),
     ("operators",),
-    ("linear",),
+    ("linear", "_compile"),
     ("inner",),
     ("adjoints",),
     ("estimate",),
