@@ -1,109 +1,22 @@
-"""What the algorithms share: the two objectives and their derivatives, how batches are read, and the frame around a step."""
+"""What the algorithms share: how batches are read, how settings are checked, and the frame around a step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metacal import _checks, _random, derivatives, optim, tree
+from metacal import _checks, derivatives, optim, tree
 from metacal._typing import Tree
 from metacal.adjoints.implicit import refuse_moving_fixed_points
 from metacal.bilevel import BilevelOptimizer, BilevelState
-from metacal.estimate import HyperGradient, value_and_aux
-from metacal.estimate import share as share
-from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, constant, listed
-from metacal.linear.base import count as count
-from metacal.linear.base import relative as relative
+from metacal.estimate import HyperGradient
+from metacal.inner import FirstBad, InnerSolver, InnerState, constant, listed
 from metacal.optim import OptimizerLike
-from metacal.optim.transformation import Hyperparameter, at, checked
-
-
-class Outer(NamedTuple):
-    """The outer objective f at a point: ``params`` is f_w, ``hparams`` f_h."""
-
-    value: Tensor
-    aux: dict[str, Tensor]
-    params: Tree
-    hparams: Tree
-
-
-class Linear(NamedTuple):
-    """The inner gradient and the products with one direction v, of one batch: ``Hv = g_ww v``, ``Jv = g_hw v``."""
-
-    gradient: Tree
-    carry: Tree
-    Hv: Tree
-    Jv: Tree
-
-
-class Inner(NamedTuple):
-    """The inner objective g at a point, with both gradients of one backward pass."""
-
-    value: Tensor
-    params: Tree
-    hparams: Tree
-    carry: Tree
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The inner objective g and the outer one f as a step sees them."""
-
-    objective: Any
-    descent: Descent
-
-    def outer(self, w: Tree, h: Tree, batch: Tree) -> Outer:
-        """f with its two gradients. Work: one gradient."""
-        value, aux, (f_w, f_h) = derivatives.value_and_grad(lambda w, h: value_and_aux(self.objective, w, h, batch), w, h, name="outer")
-        return Outer(value, aux, f_w, f_h)
-
-    def outer_params(self, w: Tree, h: Tree, batch: Tree) -> Tree:
-        """f_w alone. Work: one gradient."""
-        return derivatives.value_and_grad(lambda w: value_and_aux(self.objective, w, h, batch), w, constants=h, name="outer")[2][0]
-
-    def inner(self, state: InnerState, h: Tree, batch: Tree) -> Inner:
-        """g with its two gradients. Work: one gradient."""
-        loss, carry = self.descent.objective, state.carry
-        found: list[Any] = []
-        for piece in loss.pieces(batch):
-            value, carry, (g_w, g_h) = derivatives.value_and_grad(
-                lambda w, h, b=piece, c=carry: loss.fn(w, h, b, c), state.params, h, name="objective"
-            )
-            found.append((value, g_w, g_h))
-        value, g_w, g_h = tree.mean(found)
-        return Inner(value, g_w, g_h, tree.detach(carry))
-
-    def linear(self, state: InnerState, h: Tree, batch: Tree, v: Tree) -> Linear:
-        """g_w and both products with v, on one realisation of noise. Work: one gradient and one product."""
-        noise = _random.noise(state.params)
-        gradient, carry = self.descent.gradient(state.params, h, batch, state.carry)
-        _random.restore(noise)
-        return Linear(gradient, carry, *self.descent.products(state.params, h, batch, state.carry, v))
-
-    def products(self, state: InnerState, h: Tree, batch: Tree, v: Tree) -> tuple[Tree, Tree]:
-        """``(g_ww v, g_hw v)``. Work: one product."""
-        return self.descent.products(state.params, h, batch, state.carry, v)
-
-    def hessian(self, state: InnerState, h: Tree, batch: Tree, v: Tree) -> Tree:
-        """``g_ww v`` alone. Work: one product."""
-        return self.descent.hessian(state.params, h, batch, state.carry)(v)
-
-    def follow(self, state: InnerState, h: Tree, direction: Tree, carry: Tree) -> InnerState:
-        """The inner optimizer's step along a direction."""
-        return InnerState(*self.descent.update(direction, state.params, state.opt_state, h), carry)
-
-    def descend(self, state: InnerState, h: Tree, batches: Sequence[Tree], bad: FirstBad) -> tuple[InnerState, Tree]:
-        """One inner step per batch; also the last gradient. Work: one gradient each."""
-        gradient = tree.zeros_like(state.params)
-        for t, batch in enumerate(batches):
-            gradient, carry = self.descent.gradient(state.params, h, batch, state.carry)
-            state = self.follow(state, h, gradient, carry)
-            bad.look(t, state.params)
-        return state, gradient
+from metacal.optim.transformation import Hyperparameter, at, checked, precision
+from metacal.single_loop._objectives import Outer
 
 
 class Move(NamedTuple):
@@ -165,18 +78,6 @@ def algorithm(
     return BilevelOptimizer(init, step)
 
 
-def problem(outer: Any, solver: InnerSolver) -> Problem:
-    """The two objectives, if the inner steps are those of a gradient."""
-    if not isinstance(solver, InnerSolver):
-        raise TypeError(f"`solver` should be an InnerSolver such as metacal.descent(inner, optim.sgd(0.1)), got {type(solver).__name__}.")
-    if solver.descent is None:
-        raise ValueError(
-            "`solver` should have a `descent`: these algorithms take a step apart into a gradient and an update. A fixed_point solver has "
-            "none; use metacal.descent(objective, optimizer), or metacal.nested with adjoints.Implicit."
-        )
-    return Problem(outer, solver.descent)
-
-
 def layout(batches: Sequence[Tree], *parts: tuple[str, int | None]) -> list[Sequence[Tree]]:
     """Cuts the inner batches into named parts of given lengths; ``None`` (in the first place) is what is left, at least one."""
     fixed = sum(length for _, length in parts if length is not None)
@@ -213,7 +114,4 @@ def fraction(name: str, value: Hyperparameter) -> None:
 
 def now(state: BilevelState, *hyperparameters: Hyperparameter) -> tuple[Any, ...]:
     """The hyperparameters' values at this outer step: schedules are given the number of outer steps taken."""
-    precision = torch.float32
-    for leaf in tree.leaves(state.hparams):
-        precision = torch.promote_types(precision, leaf.dtype)
-    return at(state.step.to(precision), *hyperparameters)
+    return at(state.step.to(precision(state.hparams)), *hyperparameters)

@@ -8,10 +8,13 @@ from typing import Any
 from metacal import _checks, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
+from metacal.estimate import share
 from metacal.inner import FirstBad, InnerSolver
+from metacal.linear.base import count, relative
 from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, relative, share
+from metacal.single_loop._frame import Move, algorithm, layout, now, positive
+from metacal.single_loop._objectives import objectives
 
 
 def amigo(
@@ -49,7 +52,7 @@ def amigo(
     """
     positive("step_size", step_size)
     _checks.whole("num_linear_steps", num_linear_steps)
-    both = problem(outer, solver)
+    both = objectives(outer, solver)
 
     def move(state: BilevelState, batches: Sequence[Tree], outer_batch: Tree, bad: FirstBad) -> Move:
         steps, linear, (cross,) = layout(

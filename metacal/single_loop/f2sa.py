@@ -10,10 +10,13 @@ from typing import Any
 from metacal import _random, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
+from metacal.estimate import share
 from metacal.inner import FirstBad, InnerSolver, InnerState
+from metacal.linear.base import count
 from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, share
+from metacal.single_loop._frame import Move, algorithm, layout, now, positive
+from metacal.single_loop._objectives import objectives
 
 
 def f2sa(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, penalty: Hyperparameter, *, order: int = 1) -> BilevelOptimizer:
@@ -61,7 +64,7 @@ def f2sa(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, penalty: Hyp
     """
     positive("penalty", penalty)
     weights = stencil(order)
-    both = problem(outer, solver)
+    both = objectives(outer, solver)
 
     def start(inner: InnerState, h: Tree) -> Tree:
         return {_name(j): inner for j in weights if j != 1}

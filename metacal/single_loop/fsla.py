@@ -8,10 +8,13 @@ from typing import Any
 from metacal import _random, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
+from metacal.estimate import share
 from metacal.inner import FirstBad, InnerSolver, InnerState
+from metacal.linear.base import count, relative
 from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, algorithm, count, fraction, layout, now, positive, problem, relative, share
+from metacal.single_loop._frame import Move, algorithm, fraction, layout, now, positive
+from metacal.single_loop._objectives import objectives
 from metacal.single_loop.momentum import recursive
 
 
@@ -51,7 +54,7 @@ def fsla(
     """
     positive("step_size", step_size)
     fraction("outer_weight", outer_weight)
-    both = problem(outer, solver)
+    both = objectives(outer, solver)
 
     def start(inner: InnerState, h: Tree) -> Tree:
         return {"v": tree.zeros_like(inner.params), "hparams": h, "direction": tree.zeros_like(h)}

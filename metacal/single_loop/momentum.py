@@ -10,10 +10,13 @@ from torch import Tensor
 from metacal import _checks, _random, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
+from metacal.estimate import share
 from metacal.inner import FirstBad, InnerSolver, InnerState
+from metacal.linear.base import count
 from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, Outer, Problem, algorithm, count, fraction, layout, now, positive, problem, share
+from metacal.single_loop._frame import Move, algorithm, fraction, layout, now, positive
+from metacal.single_loop._objectives import Objectives, Outer, objectives
 from metacal.single_loop.neumann import sampled, series, truncation
 
 
@@ -62,7 +65,7 @@ def mrbo(
     """
     _checks.whole("num_products", num_products, at_least=0)
 
-    def inverse(both: Problem, a: float | Tensor) -> _Inverse:
+    def inverse(both: Objectives, a: float | Tensor) -> _Inverse:
         return lambda inner, h, batches, b: (*series(both, inner, h, batches, b, a), num_products)
 
     return _double_momentum(outer, solver, optimizer, step_size, num_products, inner_weight, outer_weight, inverse)
@@ -106,7 +109,7 @@ def sustain(
     """
     _checks.whole("num_terms", num_terms)
 
-    def inverse(both: Problem, a: float | Tensor) -> _Inverse:
+    def inverse(both: Objectives, a: float | Tensor) -> _Inverse:
         p = truncation(num_terms)
         return lambda inner, h, batches, b: (sampled(both, inner, h, batches[:p], b, a, num_terms), None, p)
 
@@ -139,12 +142,12 @@ def _double_momentum(
     num_factors: int,
     inner_weight: Hyperparameter,
     outer_weight: Hyperparameter,
-    inverse: Callable[[Problem, float | Tensor], _Inverse],
+    inverse: Callable[[Objectives, float | Tensor], _Inverse],
 ) -> BilevelOptimizer:
     positive("step_size", step_size)
     fraction("inner_weight", inner_weight)
     fraction("outer_weight", outer_weight)
-    both = problem(outer, solver)
+    both = objectives(outer, solver)
 
     def start(inner: InnerState, h: Tree) -> Tree:
         w = inner.params

@@ -11,10 +11,13 @@ from torch import Tensor
 from metacal import _checks, linear, tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
+from metacal.estimate import share
 from metacal.inner import FirstBad, InnerSolver, InnerState
+from metacal.linear.base import count
 from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, Problem, algorithm, count, layout, now, positive, problem, share
+from metacal.single_loop._frame import Move, algorithm, layout, now, positive
+from metacal.single_loop._objectives import Objectives, objectives
 
 
 def stocbio(
@@ -54,7 +57,7 @@ def stocbio(
     """
     positive("step_size", step_size)
     _checks.whole("num_products", num_products, at_least=0)
-    both = problem(outer, solver)
+    both = objectives(outer, solver)
 
     def move(state: BilevelState, batches: Sequence[Tree], outer_batch: Tree, bad: FirstBad) -> Move:
         steps, factors, (cross,) = layout(
@@ -113,7 +116,7 @@ def ttsa(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, step_size: H
     """
     positive("step_size", step_size)
     _checks.whole("num_terms", num_terms)
-    both = problem(outer, solver)
+    both = objectives(outer, solver)
 
     def move(state: BilevelState, batches: Sequence[Tree], outer_batch: Tree, bad: FirstBad) -> Move:
         steps, factors, (cross,) = layout(
@@ -136,14 +139,14 @@ def ttsa(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, step_size: H
     return algorithm(solver, optimizer, lambda inner, h: (), move)
 
 
-def series(both: Problem, inner: InnerState, h: Tree, batches: Sequence[Tree], b: Tree, a: float | Tensor) -> tuple[Tree, Tensor]:
+def series(both: Objectives, inner: InnerState, h: Tree, batches: Sequence[Tree], b: Tree, a: float | Tensor) -> tuple[Tree, Tensor]:
     """``a sum_{k=0..K} prod_{i<=k} (I - a g_ww(b_i)) b`` over K batches, and the last term's size over ``|b|``."""
     coming = iter(batches)
     found = linear.Neumann(len(batches), a).solve(lambda v: both.hessian(inner, h, next(coming), v), b)
     return found.value, found.residual_norm
 
 
-def sampled(both: Problem, inner: InnerState, h: Tree, batches: Sequence[Tree], b: Tree, a: float | Tensor, num_terms: int) -> Tree:
+def sampled(both: Objectives, inner: InnerState, h: Tree, batches: Sequence[Tree], b: Tree, a: float | Tensor, num_terms: int) -> Tree:
     """``K a prod_i (I - a g_ww(b_i)) b``: one of the K terms of the series, K times."""
     term = b
     for batch in batches:

@@ -12,10 +12,13 @@ from metacal import _random, tree
 from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
+from metacal.estimate import share
 from metacal.inner import FirstBad, InnerSolver, InnerState
+from metacal.linear.base import count
 from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Inner, Move, Outer, Problem, algorithm, count, layout, now, positive, problem, share
+from metacal.single_loop._frame import Move, algorithm, layout, now, positive
+from metacal.single_loop._objectives import Inner, Objectives, Outer, objectives
 
 
 def bome(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, *, eta: Hyperparameter = 0.5) -> BilevelOptimizer:
@@ -136,7 +139,7 @@ def scalebio(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, penalty:
     tensor([3.])
     """
     positive("penalty", penalty)
-    both = problem(outer, solver)
+    both = objectives(outer, solver)
 
     def move(state: BilevelState, batches: Sequence[Tree], outer_batch: Tree, bad: FirstBad) -> Move:
         ((batch,),) = layout(batches, ("for all gradients", 1))
@@ -160,7 +163,7 @@ class _Gap(NamedTuple):
     there: Inner
 
 
-def _gap(both: Problem, w: InnerState, u: InnerState, h: Tree, batch: Tree) -> _Gap:
+def _gap(both: Objectives, w: InnerState, u: InnerState, h: Tree, batch: Tree) -> _Gap:
     noise = _random.noise(h, w.params)
     there = both.inner(u, h, batch)
     _random.restore(noise)
@@ -182,7 +185,7 @@ def _gap_descent(
     outer: Any, solver: InnerSolver, optimizer: OptimizerLike, weight: Callable[[BilevelState, Outer, _Gap], Tensor]
 ) -> BilevelOptimizer:
     """Joint descent on ``f + lambda q`` with ``lambda = weight(state, f, q)``."""
-    both = problem(outer, solver)
+    both = objectives(outer, solver)
 
     def move(state: BilevelState, batches: Sequence[Tree], outer_batch: Tree, bad: FirstBad) -> Move:
         steps, (last,) = layout(batches, ("per inner step", None), ("for the value gap", 1))

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from metacal import _checks, tree
 from metacal._typing import Tree
+from metacal.adjoints import lanes
 from metacal.bilevel import BilevelOptimizer, BilevelState
+from metacal.estimate import share
 from metacal.inner import FirstBad, InnerSolver, InnerState
+from metacal.linear.base import count, relative
 from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, relative, share
+from metacal.single_loop._frame import Move, algorithm, layout, now, positive
+from metacal.single_loop._objectives import objectives
 
 
 def saba(
@@ -54,11 +58,11 @@ def saba(
     positive("step_size", step_size)
     _checks.whole("num_inner", num_inner)
     _checks.whole("num_outer", num_outer)
-    both = problem(outer, solver)
+    both = objectives(outer, solver)
 
     def start(inner: InnerState, h: Tree) -> Tree:
         w = inner.params
-        return {"v": tree.zeros_like(w), "inner": _table((w, w, h), num_inner), "outer": _table((w, h), num_outer)}
+        return {"v": tree.zeros_like(w), "inner": lanes.zeros(num_inner, (w, w, h)), "outer": lanes.zeros(num_outer, (w, h))}
 
     def move(state: BilevelState, batches: Sequence[Tree], outer_batch: Tree, bad: FirstBad) -> Move:
         ((pair,),) = layout(batches, ("(index, batch)", 1))
@@ -81,10 +85,6 @@ def saba(
         return Move(both.follow(inner, h, g_w, g.carry), adjoint, tree.sub(f_h, Jv), f, stats)
 
     return algorithm(solver, optimizer, start, move)
-
-
-def _table(like: Tree, rows: int) -> Tree:
-    return tree.map(lambda x: torch.zeros((rows, *x.shape), dtype=x.dtype, device=x.device), like)
 
 
 def _saga(table: Tree, i: Tensor, new: Tree) -> tuple[Tree, Tree]:

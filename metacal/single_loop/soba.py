@@ -8,10 +8,13 @@ from typing import Any
 from metacal import tree
 from metacal._typing import Tree
 from metacal.bilevel import BilevelOptimizer, BilevelState
+from metacal.estimate import share
 from metacal.inner import FirstBad, InnerSolver
+from metacal.linear.base import count, relative
 from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter
-from metacal.single_loop._frame import Move, algorithm, count, layout, now, positive, problem, relative, share
+from metacal.single_loop._frame import Move, algorithm, layout, now, positive
+from metacal.single_loop._objectives import objectives
 
 
 def soba(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, step_size: Hyperparameter) -> BilevelOptimizer:
@@ -48,7 +51,7 @@ def soba(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, step_size: H
     tensor([3.])
     """
     positive("step_size", step_size)
-    both = problem(outer, solver)
+    both = objectives(outer, solver)
 
     def move(state: BilevelState, batches: Sequence[Tree], outer_batch: Tree, bad: FirstBad) -> Move:
         ((batch,),) = layout(batches, ("for all three directions", 1))
