@@ -15,7 +15,7 @@ from benchmarks.methods import Method, Unsupported
 from benchmarks.problem import Problem, Size, to
 from benchmarks.problems.hyper_cleaning import Cleaning, cleaning, f1
 from metacal import optim, registry, tree
-from metacal._fastest import wait
+from metacal._device import wait
 from metacal._typing import Tree
 from metacal.adjoints import Implicit, Unrolled
 from metacal.linear import CG

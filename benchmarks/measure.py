@@ -17,7 +17,7 @@ import metacal
 from benchmarks.methods import Method, Unsupported
 from benchmarks.problem import Problem, astype
 from metacal import tree
-from metacal._fastest import wait
+from metacal._device import wait
 from metacal._typing import Tree
 from metacal.adjoints import Unrolled
 from metacal.diagnostics import peak_bytes, work

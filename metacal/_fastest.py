@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from metacal._device import wait
+
 
 def fastest(ways: Mapping[str, Callable[[], Any]], device: torch.device) -> str:
     """The name of the way whose better one of two runs was the shortest; they take turns. One that raises is left out.
@@ -33,9 +35,3 @@ def fastest(ways: Mapping[str, Callable[[], Any]], device: torch.device) -> str:
     if not seconds:
         raise errors[next(iter(ways))]
     return min(seconds, key=seconds.__getitem__)
-
-
-def wait(device: torch.device | str) -> None:
-    """Returns when the device has done what it was given."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

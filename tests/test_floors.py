@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "metacal"
 FLOORS = (
     ("_typing", "_safe"),
     ("tree",),
-    ("_checks", "_random", "_fastest", "modules"),
-    ("derivatives", "optim", "tasks", "objectives", "nets"),
+    ("_checks", "_random", "_device", "modules"),
+    ("_fastest", "derivatives", "optim", "tasks", "objectives", "nets"),
     ("operators",),
     ("linear", "_compile"),
     ("inner",),

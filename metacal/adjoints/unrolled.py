@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metacal import _checks, _random, derivatives, tree
+from metacal._device import device_of
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
 from metacal.adjoints.footprint import footprint
@@ -146,7 +147,7 @@ class Unrolled(Adjoint):
     def _sweep(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
     ) -> tuple[InnerState, Pullback]:
-        device, apart = _device(state), self._taken_apart(solver, state, hparams)
+        device, apart = device_of(state), self._taken_apart(solver, state, hparams)
         segments = _segments(first, len(batches), self._segment(max(1, len(batches) - first)))
         starts: list[_Saved] = []  # one state per segment, kept
         tape: list[_StatePullback] = []  # of the segment at hand, consumed by the backward sweep
@@ -249,7 +250,3 @@ def _recorded(
         return (w_bar, s_bar), h_bar
 
     return InnerState(w, rest[0](s), rest[1]), pullback
-
-
-def _device(value: Tree) -> torch.device:
-    return next((leaf.device for leaf in tree.leaves(value) if isinstance(leaf, Tensor)), torch.device("cpu"))

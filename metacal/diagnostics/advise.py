@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
-
 from metacal import _random, tree
+from metacal._device import device_of
 from metacal._typing import Tree
 from metacal.diagnostics.cost import peak_bytes
 from metacal.inner import InnerSolver, InnerState
@@ -73,10 +72,9 @@ def measure(solver: InnerSolver, state: InnerState, hparams: Tree, inner_batches
     """
     if not len(inner_batches):
         raise ValueError("`inner_batches` should hold at least one batch: a step is measured on it.")
-    tensors = [leaf for leaf in tree.leaves(state.params) if isinstance(leaf, Tensor)]
     with _random.preserved(state.params, hparams):
         solver.step(state, hparams, inner_batches[0])  # the first call allocates what stays
-        peak = peak_bytes(lambda: solver.step(state, hparams, inner_batches[0]), tensors[0].device if tensors else "cpu")
+        peak = peak_bytes(lambda: solver.step(state, hparams, inner_batches[0]), device_of(state.params))
     return Sizes(
         num_steps=len(inner_batches),
         num_params=tree.num_elements(state.params),

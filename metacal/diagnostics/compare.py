@@ -13,10 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from metacal import _random, tree
-from metacal._fastest import wait
+from metacal._device import device_of, wait
 from metacal._typing import Tree
 from metacal.adjoints import Unrolled
 from metacal.diagnostics.check import cosine, relative_error
@@ -182,7 +181,7 @@ class _Bench:
     def run(self, method: Method) -> HyperGradient:
         _random.restore(self.noise)
         hg = method(self.state, self.hparams, self.batches, self.outer_batch)
-        self._wait()
+        wait(self._device)
         return hg
 
     def table(self, estimates: Mapping[str, Method], exact: Method | None, repeats: int) -> Comparison:
@@ -227,11 +226,7 @@ class _Bench:
 
     @property
     def _device(self) -> torch.device:
-        tensors = [leaf for leaf in tree.leaves((self.state.params, self.hparams)) if isinstance(leaf, Tensor)]
-        return tensors[0].device if tensors else torch.device("cpu")
-
-    def _wait(self) -> None:
-        wait(self._device)
+        return device_of((self.state.params, self.hparams))
 
 
 class _Truths:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metacal import _random, tree
-from metacal._fastest import wait
+from metacal._device import wait
 from metacal._typing import Tree
 from metacal.adjoints import Unrolled
 from metacal.objectives import SIGReg

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metacal import optim, tree
-from metacal._fastest import wait
+from metacal._device import wait
 from metacal._typing import Tree
 from metacal.data import Augmentation, Images, augmenter, batch_indices, load, resize, split_validation, views
 from metacal.data.augment import families
