@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metacal import _random, optim, tree
+from metacal._device import device_of
 from metacal._fastest import fastest
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint
@@ -60,15 +61,15 @@ def nested(outer: Any, solver: InnerSolver, adjoint: Adjoint, optimizer: Optimiz
     >>> state.hparams.round(decimals=3)
     tensor([3.])
     """
-    optim.resolve(optimizer, ())
+    transformation = optim.resolve(optimizer, ())
 
     def init(params: Tree, hparams: Tree) -> BilevelState:
         inner = solver.init(params, hparams)
-        return BilevelState(inner, hparams, optim.resolve(optimizer, ()).init(hparams), (), torch.tensor(0))
+        return BilevelState(inner, hparams, transformation.init(hparams), (), torch.tensor(0))
 
     def step(state: BilevelState, inner_batches: Sequence[Tree], outer_batch: Tree) -> tuple[BilevelState, HyperGradient]:
         hg, memory = differentiate(outer, solver, adjoint, state.inner, state.hparams, inner_batches, outer_batch, state.adjoint)
-        hparams, opt_state = _moved(optimizer, hg.hparams, state.opt_state, state.hparams)
+        hparams, opt_state = optim.moved(transformation, hg.hparams, state.opt_state, state.hparams)
         return BilevelState(hg.state if warm_start else state.inner, hparams, opt_state, memory, state.step + 1), hg
 
     return BilevelOptimizer(init, step)
@@ -103,15 +104,17 @@ def meta_initialisation(
     """
     if tasks not in get_args(Tasks):
         raise ValueError(f"`tasks` should be 'one', 'loop', 'vmap' or 'auto', got {tasks!r}.")
+    transformation = optim.resolve(optimizer, ())
+    of_hparams = None if hparams_optimizer is None else optim.resolve(hparams_optimizer, ())
     found: list[str] = []  # which way was the faster one
 
     def init(params: Tree, hparams: Tree) -> BilevelState:
         if solver.anchor is not None and tree.leaves(hparams):
             raise ValueError("`hparams` should be empty with a proximal solver: the initial params take their place, for the anchor.")
         inner = solver.init(params, params if solver.anchor is not None else hparams)
-        opt_state = optim.resolve(optimizer, ()).init(params)
-        if hparams_optimizer is not None:
-            opt_state = (opt_state, optim.resolve(hparams_optimizer, ()).init(hparams))
+        opt_state = transformation.init(params)
+        if of_hparams is not None:
+            opt_state = (opt_state, of_hparams.init(hparams))
         return BilevelState(inner, hparams, opt_state, (), torch.tensor(0))
 
     def estimate(inner: InnerState, hparams: Tree, inner_batches: Sequence[Tree], outer_batch: Tree) -> HyperGradient:
@@ -124,23 +127,19 @@ def meta_initialisation(
         if tasks == "auto" and not found:
             with _random.preserved(start):
                 ways = {name: partial(way, estimate, *given) for name, way in _WAYS.items() if name != "one"}
-                found.append(fastest(ways, tree.leaves(start)[0].device))
+                found.append(fastest(ways, device_of(start)))
         hg = _WAYS[found[0] if found else tasks](estimate, *given)
         meta_gradient = _of_initial_params(hg, solver.anchor is not None)
-        if hparams_optimizer is None:
-            params, opt_state = _moved(optimizer, meta_gradient, state.opt_state, start)
+        if of_hparams is None:
+            params, opt_state = optim.moved(transformation, meta_gradient, state.opt_state, start)
             learned = state.hparams
         else:
-            params, params_state = _moved(optimizer, meta_gradient, state.opt_state[0], start)
-            learned, hparams_state = _moved(hparams_optimizer, hg.hparams, state.opt_state[1], state.hparams)
+            params, params_state = optim.moved(transformation, meta_gradient, state.opt_state[0], start)
+            learned, hparams_state = optim.moved(of_hparams, hg.hparams, state.opt_state[1], state.hparams)
             opt_state = (params_state, hparams_state)
         return BilevelState(state.inner._replace(params=params), learned, opt_state, state.adjoint, state.step + 1), hg
 
     return BilevelOptimizer(init, step)
-
-
-def _moved(optimizer: OptimizerLike, gradient: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
-    return optim.moved(optim.resolve(optimizer, ()), gradient, opt_state, params)
 
 
 def _together(estimate: _Estimate, inner: InnerState, hparams: Tree, inner_batches: Sequence[Tree], outer_batch: Tree) -> HyperGradient:

@@ -47,14 +47,14 @@ def algorithm(
 
     With ``joint`` the outer optimizer moves the pair (params, hparams).
     """
-    optim.resolve(optimizer, ())
+    transformation = optim.resolve(optimizer, ())
 
     def init(params: Tree, hparams: Tree) -> BilevelState:
         inner = solver.init(params, hparams)
         _checks.one_device(params=params, hparams=hparams)
         refuse_moving_fixed_points(solver, params, hparams)
         moved = (params, hparams) if joint else hparams
-        return BilevelState(inner, hparams, optim.resolve(optimizer, ()).init(moved), start(inner, hparams), torch.tensor(0))
+        return BilevelState(inner, hparams, transformation.init(moved), start(inner, hparams), torch.tensor(0))
 
     def step(state: BilevelState, inner_batches: Sequence[Tree], outer_batch: Tree) -> tuple[BilevelState, HyperGradient]:
         if not isinstance(state, BilevelState):
@@ -66,7 +66,7 @@ def algorithm(
         bad = FirstBad()
         inner, adjoint, direction, outer, stats = move(state, listed(inner_batches), outer_batch, bad)
         variables = (inner.params, state.hparams) if joint else state.hparams
-        variables, opt_state = optim.moved(optim.resolve(optimizer, ()), direction, state.opt_state, variables)
+        variables, opt_state = optim.moved(transformation, direction, state.opt_state, variables)
         inner, hparams = (inner._replace(params=variables[0]), variables[1]) if joint else (inner, variables)
         bad.look(max(len(inner_batches) - 1, 0), (inner.params, adjoint, direction, hparams))
         stats = {"first_bad_step": bad.step()} | stats

@@ -125,7 +125,7 @@ def _evolution(
     lanes.check_radius(radius)
     lanes.check_distribution(distribution)
     lanes.check_chunk_size(chunk_size)
-    optim.resolve(optimizer, ())
+    transformation = optim.resolve(optimizer, ())
     pairs = num_particles // 2
 
     def init(params: Tree, hparams: Tree) -> BilevelState:
@@ -136,7 +136,7 @@ def _evolution(
             raise ValueError("`hparams` should hold at least one tensor: evolution strategies perturb them, and get to know nothing else.")
         start = solver.init(params, hparams)
         particles = Particles(start, lanes.zeros(pairs, hparams))
-        opt_state = optim.resolve(optimizer, ()).init(hparams)
+        opt_state = transformation.init(hparams)
         return BilevelState(tree.stack([start] * num_particles), hparams, opt_state, particles, torch.tensor(0))
 
     def step(state: BilevelState, inner_batches: Sequence[Tree], outer_batch: Tree) -> tuple[BilevelState, HyperGradient]:
@@ -164,7 +164,7 @@ def _evolution(
         value, aux = tree.map(lambda x: x.mean(0), (L, aux))
         hg = HyperGradient(value, gradient, (), inner, stats, aux)
 
-        hparams, opt_state = optim.moved(optim.resolve(optimizer, ()), gradient, opt_state, hparams)
+        hparams, opt_state = optim.moved(transformation, gradient, opt_state, hparams)
         t = t + 1
         if unrolls is not None:
             ended = t % unrolls == 0
