@@ -16,6 +16,7 @@ from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback, Select, chosen
 from metacal.adjoints.equation import Equation, Theta, root, solve_linear
 from metacal.inner import FirstBad, InnerSolver, InnerState, advance, run
+from metacal.optim.foreign import moves_at_rest
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,9 @@ class Implicit(Adjoint):
 
 def refuse_moving_fixed_points(solver: InnerSolver, params: Tree, hparams: Tree) -> None:
     """Raises ValueError if the solver's optimizer does not come to rest at the zeros of the gradient."""
-    if solver.descent is None:
+    if (descent := solver.descent) is None:
         return
-    ones = tree.map(torch.ones_like, tree.detach(params))
-    opt_state, still = solver.init(ones, hparams).opt_state, tree.zeros_like(ones)
-    moved: list[Tensor] = []
-    for _ in range(3):  # a warm-up's first step may stand still
-        there, opt_state = solver.descent.update(still, ones, opt_state, hparams)
-        moved += tree.leaves(there)
-    if any(bool((torch.func.debug_unwrap(w) != 1).any()) for w in moved):
+    if moves_at_rest(lambda w: solver.init(w, hparams).opt_state, lambda g, w, s: descent.update(g, w, s, hparams), params):
         raise ValueError(
             "`solver`'s optimizer moves the params even where the gradient is zero (weight decay inside the optimizer), so it does not "
             "stop where implicit differentiation assumes and the hypergradient would be wrong by tens of percent. Put the L2 term in "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metacal import tree
 from metacal._typing import Tree
-from metacal.optim.transformation import GradientTransformation, is_differentiable
+from metacal.optim.transformation import GradientTransformation, is_differentiable, moved
 
 OptimizerLike: TypeAlias = "GradientTransformation | Callable[[Tree], GradientTransformation]"
 """A transformation, or ``hparams -> transformation``."""
@@ -72,13 +72,17 @@ def moves_at_zero_gradient(optimizer: OptimizerLike, hparams: Tree, params: Tree
     (False, True)
     """
     transformation = _build(optimizer, hparams)
+    return moves_at_rest(transformation.init, lambda grads, w, state: moved(transformation, grads, state, w), params)
+
+
+def moves_at_rest(init: Callable[[Tree], Any], update: Callable[[Tree, Tree, Any], tuple[Tree, Any]], params: Tree) -> bool:
+    """:func:`moves_at_zero_gradient` of an ``update(grads, params, state) -> (params, state)`` and its ``init(params)``."""
     ones = tree.map(torch.ones_like, tree.detach(params))
-    state = transformation.init(ones)
-    for _ in range(3):
-        updates, state = transformation.update(tree.zeros_like(ones), state, params=ones, inplace=False)
-        if any(bool(_plain(u).any()) for u in tree.leaves(updates)):
-            return True
-    return False
+    state, still, found = init(ones), tree.zeros_like(ones), []
+    for _ in range(3):  # a warm-up's first step may stand still
+        there, state = update(still, ones, state)
+        found += tree.leaves(there)
+    return any(bool((_plain(w) != 1).any()) for w in found)
 
 
 def _build(optimizer: OptimizerLike, hparams: Tree) -> GradientTransformation:
