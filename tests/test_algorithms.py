@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -140,7 +141,8 @@ def test_first_order_maml_takes_the_gradient_where_the_steps_end() -> None:
 
 def test_reptile_moves_towards_the_mean_of_the_adapted_params() -> None:
     learner = reptile(loss, LR, optim.sgd(OUTER), num_steps=3, tasks="loop")
-    state, _ = moved(learner)
+    state, hg = moved(learner)
+    assert hg.stats["first_bad_step"] == -1
     adapted = learner.adapt(learner.init(params()), tasks()[0])
     w = leaves_of(params())
     s = tasks()[0][1]
@@ -198,9 +200,16 @@ def test_imaml_differentiates_the_solution_of_the_tied_problem() -> None:
     assert float(hg.stats["residual_norm"]) < 1e-8
 
 
-@pytest.mark.parametrize("build", [maml, first_order_maml, reptile, meta_sgd])
+@pytest.mark.parametrize("how", ["loop", "vmap"])
+def test_reptile_reports_the_first_bad_step(how: Any) -> None:
+    learner = reptile(loss, 1e200, optim.sgd(OUTER), num_steps=4, tasks=how)
+    _, hg = moved(learner)
+    assert 0 < hg.stats["first_bad_step"] < 4
+
+
+@pytest.mark.parametrize("build", [maml, first_order_maml, reptile, meta_sgd, partial(anil, head=["head"])])
 def test_number_of_steps_is_checked(build: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="num_steps"):
+    with pytest.raises(ValueError, match="`num_steps` should be an integer of at least 1, got 0"):
         build(loss, LR, optim.sgd(OUTER), num_steps=0)
 
 

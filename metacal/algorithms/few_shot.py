@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import linear, optim, tree
+from metacal import _checks, linear, optim, tree
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Cotangents, FirstOrder, Implicit, Unrolled
 from metacal.adjoints.base import Pullback
 from metacal.bilevel import BilevelState, meta_initialisation
 from metacal.estimate import HyperGradient
-from metacal.inner import InnerSolver, InnerState, descent, proximal, repeat, run
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance, descent, proximal, repeat, run
 from metacal.optim import OptimizerLike
 
 TaskLoss = Callable[[Tree, Tree], Tensor]
@@ -118,6 +118,8 @@ def anil(
     Source: Raghu et al. 2020 (arXiv 1909.09157).
     """
 
+    _checks.whole("num_steps", num_steps)
+
     def inner(adapting: Tree, body: Tree, batch: Tree, /) -> Tensor:
         return loss({**body, **adapting}, batch)
 
@@ -152,8 +154,10 @@ class _Displacement(Adjoint):
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
     ) -> tuple[InnerState, Pullback]:
-        final = run(solver, state, hparams, batches)
-        return final, lambda ct: Cotangents(tree.sub(state.params, final.params), tree.zeros_like(hparams), {})
+        bad = FirstBad()
+        final = advance(solver, state, hparams, batches, 0, len(batches), bad)
+        way = tree.sub(state.params, final.params)
+        return final, lambda ct: Cotangents(way, tree.zeros_like(hparams), {"first_bad_step": bad.step()})
 
 
 def _inner(loss: TaskLoss) -> Any:
@@ -169,8 +173,7 @@ def _learner(
     tasks: Tasks,
     hparams: Callable[[Tree], Tree] | None = None,
 ) -> MetaLearner:
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` should be at least 1, got {num_steps}.")
+    _checks.whole("num_steps", num_steps)
     learned = None if hparams is None else optimizer
     bilevel = meta_initialisation(_inner(loss), solver, adjoint, optimizer, hparams_optimizer=learned, tasks=tasks)
     return MetaLearner(
