@@ -151,7 +151,8 @@ def _pretrain(parser: Parser, parsed: Namespace) -> None:
 def _evaluate(parser: Parser, parsed: Namespace) -> None:
     from metacal.evaluate import SCORES, Case, assess
     from metacal.train import report
-    from metacal.train.summary import collapse_notes, read_results, score_table, summarise, text_table, write_drawings, write_scores
+    from metacal.train.results import read_results, write_drawings, write_scores
+    from metacal.train.summary import collapse_notes, score_table, summarise, text_table
 
     given = parsed["evaluate"]
     folder = Path(given["run"])
@@ -180,7 +181,9 @@ def _evaluate(parser: Parser, parsed: Namespace) -> None:
 def _encoder(folder: Path) -> Encoder:
     """The encoder of a run, as it was last saved."""
     from metacal.evaluate import Encoder
-    from metacal.train.experiment import build, restore, training_channels, training_size
+    from metacal.train.build import build
+    from metacal.train.experiment import restore
+    from metacal.train.sampling import training_channels, training_size
 
     config = _run_config(folder)
     theta = restore(config, folder).theta
@@ -243,9 +246,10 @@ def _methods(parser: Parser, parsed: Namespace) -> None:
 
 
 def _run_config(folder: Path) -> Config:
+    from metacal.train.results import CONFIG
     from metacal.train.settings import load_config
 
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"`run` {folder} should be the folder of a run, which holds config.yaml. `metacal pretrain` makes one.")
+        raise FileNotFoundError(f"`run` {folder} should be the folder of a run, which holds {CONFIG}. `metacal pretrain` makes one.")
     return load_config(path)

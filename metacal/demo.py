@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from metacal.train import report
+from metacal.train.budget import step_bytes
 from metacal.train.config import Config, Reading
-from metacal.train.experiment import pretrain, step_bytes
+from metacal.train.experiment import pretrain
 from metacal.train.report import Cell, Table
+from metacal.train.results import CONFIG
 from metacal.train.settings import packaged
 from metacal.train.summary import summarise, text_table
 
@@ -70,7 +72,7 @@ def _row(name: str, config: Config, results: dict[str, Any]) -> dict[str, Cell]:
 
 def _empty(folder: Path) -> None:
     """Makes way for a new demo, and for nothing else: only folders of runs are removed."""
-    strangers = [path for path in folder.glob("*") if not (path / "config.yaml").is_file()]
+    strangers = [path for path in folder.glob("*") if not (path / CONFIG).is_file()]
     if strangers:
         raise FileExistsError(f"`out` {folder} holds {strangers[0].name}, which is not a run of the demo. Name another folder.")
     for path in folder.glob("*"):

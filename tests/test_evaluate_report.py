@@ -18,8 +18,9 @@ from metacal.evaluate import SCORES
 from metacal.train import checkpoint, report
 from metacal.train.experiment import pretrain
 from metacal.train.report import Curves, Points, Report, Series
+from metacal.train.results import write_scores
 from metacal.train.settings import load_config
-from metacal.train.summary import collapse_notes, score_table, summarise, text_table, write_scores
+from metacal.train.summary import collapse_notes, score_table, summarise, text_table
 
 SETTINGS = """
 data: {name: digits}

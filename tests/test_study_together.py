@@ -16,7 +16,7 @@ from torch import Tensor
 from metacal import adjoints, linear, objectives, study, tc2, tree
 from metacal.study import together
 from metacal.study.together import pretrain_together, refuse, side_by_side, stacked
-from metacal.train import checkpoint, config, experiment, logs, settings
+from metacal.train import build, checkpoint, config, experiment, logs, settings
 
 SMALL = settings.packaged("tc2_digits", *[f"--network.{size}=8" for size in ("width", "dim", "d", "hidden")])
 SMALL = replace(
@@ -47,8 +47,8 @@ def test_an_iteration_of_several_runs_is_the_iteration_of_each(name: str) -> Non
     """In float64, two iterations of three runs with networks of their own; alone, stages are differentiated by one graph."""
     of = METHODS[name]
     runs = 3
-    problem = replace(experiment.build(of, 1)[0], deal="given")
-    alone, joint = experiment.training_method(of, problem), side_by_side(experiment.training_method(together._mappable(of), problem))
+    problem = replace(build.build(of, 1)[0], deal="given")
+    alone, joint = build.training_method(of, problem), side_by_side(build.training_method(together._mappable(of), problem))
 
     def other(x: Tensor) -> Tensor:
         return x.double() + 0.1 * torch.randn_like(x, dtype=torch.float64)
@@ -233,13 +233,13 @@ class Peeking(objectives.SSLObjective):
 
 @pytest.mark.parametrize("objective", [Drawing(), Peeking()], ids=["draws", "is read by the host"])
 def test_what_vmap_refuses_is_an_error_that_names_the_remedy(objective: objectives.SSLObjective) -> None:
-    method = experiment.build(replace(changed(reading="base"), objective=objective), 1)[1]
+    method = build.build(replace(changed(reading="base"), objective=objective), 1)[1]
     with pytest.raises(RuntimeError, match=r"(?s)cannot be trained together.*vmap.*Set `together` to false"):
         side_by_side(method)(stacked([method.init(), method.init()]), torch.rand(2, 8, 2, 1, 8, 8))
 
 
 def test_errors_that_are_not_vmaps_stay_as_they_are() -> None:
-    method = experiment.build(changed(reading="base"), 1)[1]
+    method = build.build(changed(reading="base"), 1)[1]
     with pytest.raises(RuntimeError) as caught:
         side_by_side(method)(stacked([method.init(), method.init()]), torch.rand(2, 8, 2, 3, 8, 8))  # three channels
     assert "together" not in str(caught.value)

@@ -20,8 +20,9 @@ from metacal.adjoints import FirstOrder, Implicit, Unrolled
 from metacal.objectives import Outputs, SSLObjective
 from metacal.tc2 import Method, MethodState, Networks, PerTask, Problem, Stage, Views, upgrad
 from metacal.train import config as kinds
+from metacal.train.budget import budget, images_per_step
+from metacal.train.build import build
 from metacal.train.config import Config, NetworkConfig, TC2Config, TrainConfig
-from metacal.train.experiment import budget, build, images_per_step
 from problems import close, derivative, leaf_grads, ravel
 
 OBJECTIVES = {

@@ -16,8 +16,8 @@ from metacal import objectives, optim, tc2, tree
 from metacal.adjoints import FirstOrder, Unrolled
 from metacal.objectives import DINO, MAE, MoCo, Outputs, SIGReg, SSLObjective, SwAV
 from metacal.train import experiment
+from metacal.train.build import build
 from metacal.train.config import Config
-from metacal.train.experiment import build
 from metacal.train.settings import load_config, packaged, to_yaml
 from problems import close
 

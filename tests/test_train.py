@@ -29,8 +29,9 @@ from metacal import data, evaluate, objectives, tree
 from metacal.evaluate.parts import at_most
 from metacal.tc2 import PCA
 from metacal.train import _files as files
-from metacal.train import checkpoint, environment, experiment, fit, logs, loop, report, settings
+from metacal.train import budget, checkpoint, environment, experiment, fit, logs, loop, report, sampling, settings
 from metacal.train import config as train_config
+from metacal.train.build import build
 
 NUM_STEPS = 160
 quiet: dict[str, Any] = {"progress": False, "tensorboard": False}
@@ -447,7 +448,7 @@ def test_seeds_and_environment(tmp_path: Path) -> None:
         environment.seed_everything(-1)
 
     described = environment.write_environment(tmp_path / "run", seed=5, device="cpu")
-    assert json.loads((tmp_path / "run" / environment.FILE).read_text()) == described
+    assert json.loads((tmp_path / "run" / environment.ENVIRONMENT).read_text()) == described
     assert (described["seed"], described["device"]) == (5, "cpu")
     assert described["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
@@ -576,7 +577,7 @@ def constant_images(name: str = "digits", size: int = 8, channels: int = 1, per_
 
 def drawn_labels(config: train_config.Config, t: int) -> Tensor:
     """The labels [K, n] of iteration t's tasks."""
-    x = experiment._sampler(replace(config, data=replace(config.data, augmentation=NOTHING)), constant_images())(t)
+    x = sampling.sampler(replace(config, data=replace(config.data, augmentation=NOTHING)), constant_images())(t)
     assert x.shape == (32, 4, 1, 8, 8)
     labels = (10 * x).round()
     assert (labels == labels[:, :1, :1, :1, :1]).all()  # without augmentation all views are the image
@@ -602,10 +603,10 @@ def test_domains_may_be_data_sets_of_any_size(monkeypatch: pytest.MonkeyPatch) -
         images = constant_images(name, *forms[name])
         return replace(images, images=torch.full_like(images.images, value[name]))
 
-    monkeypatch.setattr(experiment, "load", load)
+    monkeypatch.setattr(sampling, "load", load)
     sets = ("mnist", "digits", "cifar10", "mnist")
     config = changed({"tasks": train_config.Domains(sets=sets)}, data=train_config.DataConfig(augmentation=NOTHING))
-    x = experiment._sampler(config, experiment.training_images(config))(3)
+    x = sampling.sampler(config, sampling.training_images(config))(3)
     assert x.shape == (32, 4, 1, 8, 8)
     expected = torch.tensor([value[name] for name in sets])
     torch.testing.assert_close(x.reshape(4, -1), expected[:, None].expand(4, 8 * 4 * 64), rtol=0, atol=0.01)  # grey, in 8 bits
@@ -617,7 +618,7 @@ def test_every_task_has_its_family_of_augmentations() -> None:
 
     def draw(kind: train_config.Tasks, **over: Any) -> Tensor:
         config = changed({"tasks": kind, **over}, data=train_config.DataConfig(augmentation=NOTHING))
-        return experiment._sampler(config, images)(0).unflatten(0, (config.tc2.num_tasks, -1))
+        return sampling.sampler(config, images)(0).unflatten(0, (config.tc2.num_tasks, -1))
 
     plain, found = draw(train_config.Random()), draw(train_config.Augmentations(chosen))
     for k, expected in ((0, plain[0]), (1, plain[1].flip(-1)), (3, plain[3])):
@@ -639,11 +640,11 @@ def test_every_task_has_its_family_of_augmentations() -> None:
 )
 def test_tasks_that_are_not_k_are_refused(kind: train_config.Tasks, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        experiment._sampler(changed({"tasks": kind}), constant_images())
+        sampling.sampler(changed({"tasks": kind}), constant_images())
     with pytest.raises(ValueError, match="pass one of the two"):
         train_config.Domains(classes=((0,),), sets=("digits",))
     with pytest.raises(ValueError, match=r"N = 32 samples do not make K = 5 equal tasks"):
-        experiment._sampler(changed({"tasks": kind, "num_tasks": 5}), constant_images())
+        sampling.sampler(changed({"tasks": kind, "num_tasks": 5}), constant_images())
 
 
 FOUR = (objectives.SimCLR(), objectives.BYOL(), objectives.VICReg(2.5, 2.5, 0.1), objectives.SimSiam())
@@ -668,7 +669,7 @@ def test_a_run_on_any_tasks_leaves_its_conflict_and_that_of_shuffled_tasks(kind:
     assert sum(name.startswith("cosine_") for name in rows[0]) == len(pairs)
     assert torch.tensor(results["cosines"]).shape == (4, 4)
     assert settings.load_config(tmp_path / "config.yaml") == config
-    images = experiment.images_per_step(config)
+    images = budget.images_per_step(config)
     assert images == {"clusters": 9, "domains": 8, "augmentations": 8, "objectives": 8 + 4}[kind] * 32  # BYOL's target counts
 
 
@@ -698,34 +699,34 @@ def test_scores_while_training_are_those_of_held_out_images_and_change_nothing(t
     held_out = data.split_validation(data.load("digits", "train"), 0.1, seed=0)[1]
     assert len(held_out) > 120
     state = experiment.restore(config, tmp_path / "watched")
-    expected = evaluate.online(experiment.build(config, 1)[0], state, at_most(held_out, 120))
+    expected = evaluate.online(build(config, 1)[0], state, at_most(held_out, 120))
     assert {name: watched[-1][name] for name in scores} == pytest.approx({name: float(value) for name, value in expected.items()})
 
 
 def test_a_run_matched_by_seconds_keeps_its_steps_when_it_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = changed({"reading": "matched", "budget": "seconds"})
     clock = iter([{"paper": 5.0, "matched": 2.0}, {"paper": 9.0, "matched": 1.0}])
-    monkeypatch.setattr(experiment, "seconds_per_iteration", lambda both: next(clock))
+    monkeypatch.setattr(budget, "seconds_per_iteration", lambda both: next(clock))
     results = experiment.pretrain(config, tmp_path, progress=False)
     assert results["steps"] == round(3 * 2.5)
     assert results["matched_by"] == {"seconds": {"paper": 5.0, "matched": 2.0}}
     again = experiment.pretrain(config, tmp_path, resume=True, progress=False)
     assert {**again, "seconds_per_step": 0} == {**results, "seconds_per_step": 0}
-    assert experiment.budget(config)["steps"] == 27  # a new run measures anew
+    assert budget.budget(config)["steps"] == 27  # a new run measures anew
 
 
 def test_iterations_are_timed_in_turns_and_leave_the_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
-    trial = experiment._trial
+    trial = budget._trial
 
     def counted(config: train_config.Config) -> Callable[[], object]:
         step = trial(config)
         return lambda: (turns.append(config.tc2.reading), step())
 
-    monkeypatch.setattr(experiment, "_trial", counted)
+    monkeypatch.setattr(budget, "_trial", counted)
     before = torch.get_rng_state()
     both = {"paper": SMALL, "matched": changed({"reading": "base"})}
-    seconds = experiment.seconds_per_iteration(both, repeats=3)
+    seconds = budget.seconds_per_iteration(both, repeats=3)
     assert torch.equal(torch.get_rng_state(), before)
     assert turns == ["paper", "base"] * 3
     assert seconds.keys() == both.keys()
@@ -771,7 +772,7 @@ def test_a_control_is_tc2_but_for_what_it_controls(name: str) -> None:
 def test_the_controls_by_budget_see_as_many_images_as_tc2() -> None:
     def seen(name: str) -> int:
         config = settings.packaged(f"{name}_fashion_mnist")
-        return experiment.budget(config)["steps"] * experiment.images_per_step(config)
+        return budget.budget(config)["steps"] * budget.images_per_step(config)
 
     assert seen("tc2") == seen("matched") == seen("few_negatives") == seen("base_group_norm") == 200 * 8 * 256
 

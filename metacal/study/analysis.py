@@ -10,7 +10,7 @@ from typing import Any
 
 from metacal.evaluate.intervals import Interval, holm, mean_interval, paired_interval, paired_p_value
 from metacal.study.plan import Cell, Study, cells
-from metacal.train.summary import read_results
+from metacal.train.results import read_results
 
 TRANSFER = "transfer probe"
 """The measure that a study is judged by: the mean linear probe over the data sets other than the one trained on."""

@@ -11,7 +11,7 @@ from metacal.study.runner import finished
 from metacal.train import report
 from metacal.train._files import replacing
 from metacal.train.report import Cell, Intervals, Points, Report, Table
-from metacal.train.summary import read_results
+from metacal.train.results import read_results
 
 _COSTS = ("encoder images", "seconds per step")
 _CONFLICT = (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metacal.study.plan import Study, cells
 from metacal.train._files import replacing
-from metacal.train.summary import read_results
+from metacal.train.results import read_results
 
 RECORDS = "runs.jsonl"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from metacal.study.plan import Cell, Study, cells
 from metacal.study.together import refuse
-from metacal.train.experiment import RESULTS
+from metacal.train.results import RESULTS
 from metacal.train.settings import load_config
 
 _POLL_SECONDS = 0.5

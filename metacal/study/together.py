@@ -27,9 +27,11 @@ from metacal.objectives import SIGReg
 from metacal.tc2 import Method, MethodState, Stage
 from metacal.train import checkpoint
 from metacal.train._files import replacing
+from metacal.train.budget import BUDGET, budget
+from metacal.train.build import training_method
 from metacal.train.config import Config
 from metacal.train.environment import resolve_device, seed_everything
-from metacal.train.experiment import BUDGET, Prepared, budget, prepare, pretrain, training_method, write_settings
+from metacal.train.experiment import Prepared, prepare, pretrain, write_settings
 from metacal.train.logs import Logs, read_metrics
 from metacal.train.loop import CHECKPOINTS, fit
 

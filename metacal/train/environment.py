@@ -9,6 +9,8 @@ import platform
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 
 from metacal.train._files import replacing
 
-FILE = "environment.json"
+ENVIRONMENT = "environment.json"
 PACKAGES = ("metacal", "torch", "torchvision", "torchopt", "optree", "numpy", "kornia", "scikit-learn")
 
 
@@ -90,6 +92,14 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
+@contextmanager
+def own_draws(device: torch.device, seed: int) -> Iterator[None]:
+    """Draws from ``seed`` inside, and leaves torch's generators, the device's too (manual_seed reseeds it), as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def describe(*, seed: int | None = None, device: str | torch.device = "auto") -> dict[str, Any]:
     """What one needs to know to repeat a run: versions, hardware, the code's git commit, the command and the seed."""
     device = resolve_device(device)
@@ -120,7 +130,7 @@ def write_environment(folder: str | Path, *, seed: int | None = None, device: st
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     described = describe(seed=seed, device=device)
-    with replacing(folder / FILE) as file:
+    with replacing(folder / ENVIRONMENT) as file:
         file.write(json.dumps(described, indent=2).encode())
     return described
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from metacal.train._files import replacing
-from metacal.train.experiment import RESULTS, write_results
+from metacal.train.environment import ENVIRONMENT
 from metacal.train.logs import read_metrics
 from metacal.train.report import Cell, Curves, Matrix, Points, Report, Series, Table
+from metacal.train.results import read_drawings, read_results
 
-DRAWINGS = "drawings.json"
 _MOMENTS = 6  # matrices shown of a run
 
 _SCORES = {
@@ -50,31 +49,6 @@ _CURVES = {
     "rank_me": "effective number of dimensions while training (RankMe)",
     "dimension_std": "deviation per dimension while training: 0 is a collapse",
 }
-
-
-def read_results(folder: str | Path) -> dict[str, Any]:
-    """A run's results.json, ``{}`` if there is none yet."""
-    path = Path(folder) / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_scores(folder: str | Path, results: dict[str, Any], scores: Mapping[str, Mapping[str, float]], split: str) -> None:
-    """Adds scores to a run's results.json; those on validation images stand apart from those on test images."""
-    key = "scores" if split == "test" else "validation_scores"
-    known = results.get(key, {})
-    write_results(folder, {**results, key: {**known, **{data: {**known.get(data, {}), **found} for data, found in scores.items()}}})
-
-
-def read_drawings(folder: str | Path) -> dict[str, Any]:
-    """What :func:`write_drawings` left, ``{}`` if nothing."""
-    path = Path(folder) / DRAWINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_drawings(folder: str | Path, drawings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Adds, by data set, ``points`` [N][2], ``classes`` [N], ``labels`` and ``accuracy`` (lists), ``method`` and ``split``."""
-    with replacing(Path(folder) / DRAWINGS) as file:
-        file.write(json.dumps({**read_drawings(folder), **drawings}).encode())
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[dict[str, Cell]]:
@@ -247,6 +221,6 @@ _METHODS = {"pca": "PCA", "tsne": "t-SNE"}
 
 
 def _provenance(name: str, folder: Path) -> str:
-    path = folder / "environment.json"
+    path = folder / ENVIRONMENT
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return f"{name}: " + (", ".join(f"{key} {value}" for key, value in found.items()) or "no environment recorded")
