@@ -180,15 +180,10 @@ def _evaluate(parser: Parser, parsed: Namespace) -> None:
 
 def _encoder(folder: Path) -> Encoder:
     """The encoder of a run, as it was last saved."""
-    from metacal.evaluate import Encoder
-    from metacal.train.build import build
-    from metacal.train.experiment import restore
-    from metacal.train.sampling import training_channels, training_size
+    from metacal.train.experiment import encoder, restore
 
     config = _run_config(folder)
-    theta = restore(config, folder).theta
-    channels = training_channels(config)
-    return Encoder(build(config, channels)[0].network.encode, {"encoder": theta["encoder"]}, training_size(config), channels)
+    return encoder(config, restore(config, folder).theta)
 
 
 def _report(parser: Parser, parsed: Namespace) -> None:

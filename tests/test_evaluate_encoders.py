@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import metacal
 from metacal import nets, objectives, optim, tc2, tree
 from metacal.data import Images, batch_indices, load, split_validation
-from metacal.evaluate import SCORES, Case, Encoder, assess, cka, features, few_shot, fine_tune, knn, linear_probe, logme, online, transfer
+from metacal.evaluate import SCORES, Case, Encoder, assess, cka, features, few_shot, fine_tune, knn, linear_probe, logme, online
 
 CPU = torch.device("cpu")
 
@@ -161,12 +161,6 @@ def test_few_shot_never_reads_test_images_to_choose_settings() -> None:
         images = load("digits", part)  # type: ignore[arg-type]
         wanted = few_shot(images.images.flatten(1), images.labels, shots=5).mean
         assert assess(Case(pixels, "digits", split), ["few_shot"])["few_shot_5"] == wanted  # type: ignore[arg-type]
-
-
-def test_transfer_is_the_default_assessment() -> None:
-    enc = encoder()
-    scores = transfer(lambda x: enc.encode(enc.params, x), "digits", image_size=8, channels=1, split="validation", labels=250)
-    assert scores._asdict() == assess(Case(enc, "digits", "validation", labels=250))
 
 
 def test_scores_that_lack_something() -> None:

@@ -85,7 +85,7 @@ def files(folder: Path) -> set[str]:
 def test_each_seed_leaves_what_a_run_of_its_own_leaves(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = changed(reading="base") if kind == "base" else changed(reading="paper", tasks=config.Clusters())
     # Probes take seconds, and see nothing but the encoder that they are given.
-    monkeypatch.setattr(experiment, "judge", lambda of, state, _: {"weights": {"norm": float(tree.norm(state.theta))}})
+    monkeypatch.setattr(experiment, "judge", lambda of, state: {"weights": {"norm": float(tree.norm(state.theta))}})
     own, joint = tmp_path / "own", tmp_path / "joint"
     found = pretrain_together(of, [3, 5], joint, progress=False)
     assert sorted(path.name for path in joint.iterdir()) == ["seed3", "seed5"]

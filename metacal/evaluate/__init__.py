@@ -28,6 +28,4 @@ from metacal.evaluate.online import online as online
 from metacal.evaluate.probe import ProbeResult as ProbeResult
 from metacal.evaluate.probe import class_probabilities as class_probabilities
 from metacal.evaluate.probe import linear_probe as linear_probe
-from metacal.evaluate.transfer import Scores as Scores
-from metacal.evaluate.transfer import transfer as transfer
 from metacal.evaluate.transrate import transrate as transrate

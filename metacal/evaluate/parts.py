@@ -16,7 +16,10 @@ _SEED = 0
 
 
 def parts(name: str, split: Split, root: Root = None, download: bool = False) -> tuple[Images, Images]:
-    """(to learn from, to judge on): "validation" is a tenth of the training images, held out from both."""
+    """(to learn from, to judge on): "validation" is a tenth of the training images, held out from both.
+
+    Omniglot: 100 characters of the evaluation alphabets, 14 drawings of each to learn from, 3 to validate and 3 to test.
+    """
     if name == "omniglot":
         few = _characters(load(name, "test", root=root, download=download))
         train, validation, test = split_per_class(few, (14, 3, 3), seed=_SEED)

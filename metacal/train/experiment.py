@@ -13,13 +13,14 @@ from torch import Tensor
 
 from metacal import tree
 from metacal._device import wait
-from metacal.evaluate import online, transfer
+from metacal._typing import Tree
+from metacal.evaluate import Case, Encoder, assess, online
 from metacal.tc2 import Measurement, Method, MethodState, Problem, measure
 from metacal.train import checkpoint
 from metacal.train._files import replacing
 from metacal.train.budget import images_per_step, kept_budget
 from metacal.train.build import build, initial_state
-from metacal.train.config import Config, EvaluateConfig
+from metacal.train.config import Config
 from metacal.train.environment import own_draws, resolve_device, seed_everything, write_environment
 from metacal.train.loop import CHECKPOINTS, fit, refuse_existing
 from metacal.train.results import CONFIG, write_results
@@ -118,35 +119,27 @@ def pretrain(config: Config, folder: str | Path, *, resume: bool = False, progre
         "seconds_per_step": median(seconds) if seconds else None,
         **planned,
         "images_per_step": images_per_step(config),
-        "scores": judge(config, state, config.evaluate),
+        "scores": judge(config, state),
     }
     write_results(folder, results)
     return results
 
 
-def judge(config: Config, state: MethodState, evaluate: EvaluateConfig) -> dict[str, dict[str, float]]:
-    """The frozen encoder's scores, by data set."""
-    problem, _ = build(config, training_channels(config))
-    device = resolve_device(config.device)
-    theta = state.theta
-    names = evaluate.data or (config.data.name,)
-    size = training_size(config)
-    scores: dict[str, dict[str, float]] = {}
-    for name in names:
-        found = transfer(
-            lambda x: problem.network.encode(theta, x),
-            name,
-            image_size=size,
-            channels=training_channels(config),
-            split=evaluate.split,
-            labels=evaluate.labels,
-            neighbours=evaluate.neighbours,
-            root=config.data.root,
-            download=config.data.download,
-            device=device,
-        )
-        scores[name] = found._asdict()
-    return scores
+def judge(config: Config, state: MethodState) -> dict[str, dict[str, float]]:
+    """The frozen encoder's scores, by data set, as ``config.evaluate`` asks for them."""
+    asked, data, judged = config.evaluate, config.data, encoder(config, state.theta)
+
+    def case(name: str) -> Case:
+        return Case(judged, name, asked.split, asked.labels, asked.neighbours, root=data.root, download=data.download)
+
+    return {name: assess(case(name)) for name in asked.data or (data.name,)}
+
+
+def encoder(config: Config, theta: Tree) -> Encoder:
+    """The encoder of a run's params: its images have the size and the channels that it was trained on."""
+    channels = training_channels(config)
+    problem, _ = build(config, channels)
+    return Encoder(problem.network.encode, {"encoder": theta["encoder"]}, training_size(config), channels)
 
 
 def restore(config: Config, folder: str | Path) -> MethodState:
