@@ -101,7 +101,7 @@ def test_a_loop_is_made_and_takes_its_batches(row: Method) -> None:
     solver, T = metacal.descent(inner, optim.sgd(0.1)), 2
     optimizer = row.make(outer, solver, optim.sgd(0.01), setting())
     assert isinstance(optimizer, metacal.BilevelOptimizer)
-    num = row.num_batches(T, SETTING.number)
+    num = row.batches_per_step(T, SETTING.number)
     indexed = "index" in row.needs
     batches, judged = [(0, DATA) if indexed else DATA] * num, (0, DATA) if indexed else DATA
     state = optimizer.init(PARAMS, HPARAMS)
@@ -156,6 +156,7 @@ def test_a_row_says_everything() -> None:
             assert "|" not in text
         assert (row.kind == "exact") == (row.bias == "none"), row.code
         assert row.family in FAMILIES
+        assert row.by_hand or row.symmetric == bool(re.search("symmetric|definite", row.needs)), row.code
     for numbers in re.findall(r"\[([\d.]+)\]\(https://arxiv.org/abs/([\d.]+)\)", markdown_table()):
         assert numbers[0] == numbers[1]
         assert re.fullmatch(r"\d{4}\.\d{4,5}", numbers[0])

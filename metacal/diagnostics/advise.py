@@ -145,10 +145,6 @@ def advise(
     return Advice(tuple(ranking), refused, sizes)
 
 
-_MAX_TANGENTS, _MAX_DENSE = 4096, 5000
-_SYMMETRIC = ("CG(", "MINRES(", "Lanczos(", "Nystroem(", "Neumann(K)")
-
-
 def _refusal(row: Method, sizes: Sizes, initial_params: bool, path: bool, differentiable: bool, symmetric: bool) -> str | None:
     if initial_params and not row.initial_params:
         return "it does not estimate the derivative by the initial params"
@@ -156,17 +152,11 @@ def _refusal(row: Method, sizes: Sizes, initial_params: bool, path: bool, differ
         return "hparams that only shape the path to the solution have no derivative there"
     if not differentiable and row.differentiates:
         return "it differentiates the inner steps"
-    if row.code == "Forward()" and sizes.num_hparams > _MAX_TANGENTS:
-        return f"one tangent for each of {sizes.num_hparams} hparams"
-    if "Dense" in row.code and sizes.num_params > _MAX_DENSE:
-        return f"a matrix of {sizes.num_params} rows"
-    if not symmetric and any(f"linear.{name}" in row.code for name in _SYMMETRIC):
+    if row.symmetric and not symmetric:
         return "it needs a symmetric matrix"
-    if "KFAC" in row.code or "GaussNewton" in row.code:
+    if row.by_hand:
         return "it wants the network and its loss apart: a choice to make by hand"
-    if "offload" in row.code and sizes.num_steps == 1:
-        return "one state is no burden"
-    return None
+    return row.limit(sizes)
 
 
 def _reason(row: Method, converged: bool) -> str:
