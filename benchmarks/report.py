@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.measure import Row
 from benchmarks.targets import FOR_THE_RECORD, Results, least, outcomes, right, table
 from metacal.train import report as pages
-from metacal.train.report import LINES, RC, Cell, Report, Table
+from metacal.train.pictures import LINES, RC
+from metacal.train.report import Cell, Report, Table
 from metacal.train.summary import text_table
 
 if TYPE_CHECKING:
@@ -39,11 +40,9 @@ def write(folder: str | Path, results: Results) -> Path:
         *_growth(results),
         *_cleaning_courses(results),
     ]
-    drawn = "".join(pages._picture(title, note, figure, f"benchmark-{i}") for i, (title, note, figure) in enumerate(figures))
-    page = pages.write(folder / PAGE, Report("Hypergradients: error, time and memory", _intro(results, keys), _tables(results, keys)))
-    text = page.read_text(encoding="utf-8")
-    text = text.replace("<h2>", f'<div class="panels wide">{drawn}</div><h2>', 1)
-    page.write_text(text.replace("</body>", f"<style>{_WIDE}</style><script>{_SORT}</script></body>"), encoding="utf-8")
+    title, extra = "Hypergradients: error, time and memory", f"<style>{_WIDE}</style><script>{_SORT}</script>"
+    shown = Report(title, _intro(results, keys), _tables(results, keys), figures=figures, extra=extra)
+    page = pages.write(folder / PAGE, shown)
     _save(_errors(results, [key for key in IN_README if key in keys] or keys[:6]), folder / "error.svg")
     _save(_memory(results), folder / "memory.svg")
     return page

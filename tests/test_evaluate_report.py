@@ -17,7 +17,8 @@ from metacal.cli import main
 from metacal.evaluate import SCORES
 from metacal.train import checkpoint, report
 from metacal.train.experiment import pretrain
-from metacal.train.report import Curves, Points, Report, Series
+from metacal.train.pictures import Curves, Points, Series
+from metacal.train.report import Report
 from metacal.train.results import write_scores
 from metacal.train.settings import load_config
 from metacal.train.summary import collapse_notes, score_table, summarise, text_table

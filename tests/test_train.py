@@ -29,7 +29,7 @@ from metacal import data, evaluate, objectives, tree
 from metacal.evaluate.parts import at_most
 from metacal.tc2 import PCA
 from metacal.train import _files as files
-from metacal.train import budget, checkpoint, environment, experiment, fit, logs, loop, report, sampling, settings
+from metacal.train import budget, checkpoint, environment, experiment, fit, logs, loop, pictures, report, sampling, settings
 from metacal.train import config as train_config
 from metacal.train.build import build
 
@@ -517,8 +517,8 @@ def test_a_report_is_one_file_that_shows_everything(tmp_path: Path) -> None:
         title=f"Title {NASTY}",
         intro=[f"Intro {NASTY}"],
         tables=[report.Table(f"Table {NASTY}", rows, {"accuracy": "max", "seconds": "min"}, f"note {NASTY}")],
-        curves=[report.Curves(f"Panel {NASTY}", lines, y_label=NASTY), report.Curves("nothing yet", {})],
-        matrices=[report.Matrix("Conflict", conflict, x_label=NASTY), report.Matrix("zeros", np.zeros((3, 2)))],
+        curves=[pictures.Curves(f"Panel {NASTY}", lines, y_label=NASTY), pictures.Curves("nothing yet", {})],
+        matrices=[pictures.Matrix("Conflict", conflict, x_label=NASTY), pictures.Matrix("zeros", np.zeros((3, 2)))],
         footnotes=[f"Seeds 1, 2, 3 {NASTY}"],
     )
     path = report.write(tmp_path / "new" / "report.html", shown)
@@ -541,7 +541,7 @@ def test_a_report_is_one_file_that_shows_everything(tmp_path: Path) -> None:
 
 
 def test_equal_reports_are_equal_files(tmp_path: Path) -> None:
-    same = report.Report("same", curves=[report.Curves("c", {"a": ([0, 1], [1.0, 2.0])})], matrices=[report.Matrix("m", np.eye(2))])
+    same = report.Report("same", curves=[pictures.Curves("c", {"a": ([0, 1], [1.0, 2.0])})], matrices=[pictures.Matrix("m", np.eye(2))])
     assert report.write(tmp_path / "a.html", same).read_bytes() == report.write(tmp_path / "b.html", same).read_bytes()
 
 
@@ -549,7 +549,7 @@ def test_reports_refuse_what_they_cannot_show(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`best` of the table 'T' names 'acc', which is no column: accuracy"):
         report.write(tmp_path / "r.html", report.Report("r", tables=[report.Table("T", [{"accuracy": 1.0}], {"acc": "max"})]))
     with pytest.raises(ValueError, match=r"`values` of the matrix 'M' should have two dimensions, got shape \(3,\)"):
-        report.write(tmp_path / "r.html", report.Report("r", matrices=[report.Matrix("M", [1.0, 2.0, 3.0])]))
+        report.write(tmp_path / "r.html", report.Report("r", matrices=[pictures.Matrix("M", [1.0, 2.0, 3.0])]))
 
 
 # --- what a run draws, and for how long ---

@@ -10,7 +10,8 @@ from metacal.study.plan import Study, cells
 from metacal.study.runner import finished
 from metacal.train import report
 from metacal.train._files import replacing
-from metacal.train.report import Cell, Intervals, Points, Report, Table
+from metacal.train.pictures import Intervals, Points, draw_intervals
+from metacal.train.report import Cell, Report, Table
 from metacal.train.results import read_results
 
 _COSTS = ("encoder images", "seconds per step")
@@ -105,7 +106,7 @@ def picture(study: Study, out: str | Path) -> Path | None:
     if not shown.series:
         return None
     with replacing(Path(out) / "study.png") as file:
-        report.draw_intervals(shown).savefig(file, format="png", dpi=130, facecolor="white")
+        draw_intervals(shown).savefig(file, format="png", dpi=130, facecolor="white")
     return Path(out) / "study.png"
 
 

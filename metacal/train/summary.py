@@ -12,7 +12,8 @@ import numpy as np
 
 from metacal.train.environment import ENVIRONMENT
 from metacal.train.logs import read_metrics
-from metacal.train.report import Cell, Curves, Matrix, Points, Report, Series, Table
+from metacal.train.pictures import Curves, Matrix, Points, Series
+from metacal.train.report import Cell, Report, Table
 from metacal.train.results import read_drawings, read_results
 
 _MOMENTS = 6  # matrices shown of a run
