@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from metacal import tc2, tree
-from metacal.tc2 import calibrate, conflict, losses
+from metacal.tc2 import conflict, factors, losses
 
 LOSSES = {"literal": tc2.literal(lambda_s=0.3), "stable": tc2.stable(lambda_s=0.3, lambda_1=0.2)}
 TERMS = ["orthogonality", "reconstruction", "weight_reconstruction", "sparsity"]
@@ -200,7 +200,7 @@ def test_factor_loss_alone_is_pca(form, n_f):
     terms = LOSSES[form.split("_")[0]].terms
 
     def to_factors(A: Tensor) -> Tensor:
-        return A if form == "stable_penalty" else calibrate.orthonormalised(A)
+        return A if form == "stable_penalty" else factors.orthonormalised(A)
 
     def loss(A: Tensor) -> Tensor:
         V = to_factors(A)
@@ -409,8 +409,8 @@ def test_statistics_are_the_mean_and_the_biased_covariance():
     Z = normal(3, 4, D)
     rows = Z.reshape(12, D).numpy()
     expected = np.concatenate([rows.mean(0)[:, None], np.cov(rows.T, bias=True)], axis=1)
-    np.testing.assert_allclose(calibrate.statistics(Z).numpy(), expected, rtol=1e-12, atol=1e-14)
-    assert (calibrate.statistics(Z[0, :1])[:, 1:] == 0).all()  # one sample
+    np.testing.assert_allclose(factors.statistics(Z).numpy(), expected, rtol=1e-12, atol=1e-14)
+    assert (factors.statistics(Z[0, :1])[:, 1:] == 0).all()  # one sample
 
 
 def test_networks_are_the_formula_of_their_docstring():
@@ -439,7 +439,7 @@ def test_networks_are_the_formula_of_their_docstring():
 def test_qr_is_orthonormal_and_continuous(d, seed, data):
     n_f = data.draw(st.integers(1, d))
     A = normal(d, n_f, seed=seed) + 2 * torch.eye(d, n_f)
-    Q = calibrate.orthonormalised(A)
+    Q = factors.orthonormalised(A)
     torch.testing.assert_close(Q.mT @ Q, torch.eye(n_f), rtol=0, atol=1e-12)
     R = Q.mT @ A
     torch.testing.assert_close(Q @ R, A, rtol=0, atol=1e-12)
@@ -447,7 +447,7 @@ def test_qr_is_orthonormal_and_continuous(d, seed, data):
     assert (R.diagonal() > 0).all()
     flip = torch.ones(n_f)
     flip[0] = -1
-    torch.testing.assert_close(calibrate.orthonormalised(A * flip), Q * flip, rtol=0, atol=1e-12)
+    torch.testing.assert_close(factors.orthonormalised(A * flip), Q * flip, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("n_f", [1, 3, D])
@@ -455,7 +455,7 @@ def test_qr_is_twice_differentiable(n_f):
     A, direction, target = normal(D, n_f), normal(D, n_f, seed=1), normal(D, n_f, seed=2)
 
     def fn(A: Tensor) -> Tensor:
-        return (calibrate.orthonormalised(A) * target).sum().exp() + (calibrate.orthonormalised(A) ** 3 * target).sum()
+        return (factors.orthonormalised(A) * target).sum().exp() + (factors.orthonormalised(A) ** 3 * target).sum()
 
     torch.testing.assert_close(tree.vdot(grad(fn)(A), direction), central_difference(fn, A, direction), rtol=1e-7, atol=1e-8)
     expected = central_difference(grad(fn), A, direction)

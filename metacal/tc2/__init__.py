@@ -22,8 +22,6 @@ from metacal.tc2.calibrate import Networks as Networks
 from metacal.tc2.calibrate import SoftThreshold as SoftThreshold
 from metacal.tc2.calibrate import Sparsity as Sparsity
 from metacal.tc2.calibrate import TopK as TopK
-from metacal.tc2.calibrate import VacuousReconstructionWarning as VacuousReconstructionWarning
-from metacal.tc2.calibrate import check_num_factors as check_num_factors
 from metacal.tc2.conflict import Conflict as Conflict
 from metacal.tc2.conflict import cosines as cosines
 from metacal.tc2.conflict import measure_conflict as measure_conflict
@@ -31,6 +29,8 @@ from metacal.tc2.conflict import monitors as monitors
 from metacal.tc2.conflict import pcgrad as pcgrad
 from metacal.tc2.conflict import transfer_matrix as transfer_matrix
 from metacal.tc2.conflict import upgrad as upgrad
+from metacal.tc2.factors import VacuousReconstructionWarning as VacuousReconstructionWarning
+from metacal.tc2.factors import check_num_factors as check_num_factors
 from metacal.tc2.losses import CalibrationLoss as CalibrationLoss
 from metacal.tc2.losses import literal as literal
 from metacal.tc2.losses import stable as stable

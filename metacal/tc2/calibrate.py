@@ -12,7 +12,6 @@ encoder's gradient flows through the z in w alone: whoever calls ``factors`` det
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from metacal import _checks
 from metacal._typing import Tree
+from metacal.tc2.factors import at_least_float32, check_num_factors, cosine_basis, orthonormalised, statistics
 
 
 class Sparsity(ABC):
@@ -31,38 +31,6 @@ class Sparsity(ABC):
     @abstractmethod
     def __call__(self, w: Tensor) -> Tensor:
         """The weights, some of them zero."""
-
-
-class VacuousReconstructionWarning(UserWarning):
-    """The calibration can keep everything: n_f = d, and nothing makes the weights sparse."""
-
-
-def check_num_factors(n_f: int, d: int, *, sparse: bool) -> None:
-    """Refuses n_f > d, and warns at n_f = d where calibration has nothing to do (fact 2 of the documentation).
-
-    ``sparse`` says whether anything makes the weights sparse: a sparse output or a sparsity term in the loss.
-
-    Errors:
-        ValueError: n_f > d. Such a V cannot have orthonormal columns: min ||V^T V - I||_F = sqrt(n_f - d).
-
-    Warns:
-        VacuousReconstructionWarning: n_f = d without sparsity. V V^T = I for every square orthonormal V, so the
-            reconstruction term is zero and z~ = z is optimal.
-
-    >>> check_num_factors(8, 8, sparse=True)
-    """
-    if n_f > d:
-        raise ValueError(
-            f"`n_f` should be at most d = {d}, the representation's dimension: {n_f} columns of length {d} cannot be "
-            f"orthonormal (||V^T V - I||_F is at least {math.sqrt(n_f - d):.3g}). Got n_f = {n_f}; pass n_f <= {d}."
-        )
-    if n_f == d and not sparse:
-        warnings.warn(
-            f"With n_f = d = {d} and no sparsity an orthonormal V reconstructs everything (V V^T = I): calibration has nothing to "
-            "learn. Pass n_f < d, a sparse output (SoftThreshold, TopK), or a loss with a sparsity term.",
-            VacuousReconstructionWarning,
-            stacklevel=2,
-        )
 
 
 class Calibrator(ABC):
@@ -86,9 +54,9 @@ class Calibrator(ABC):
     def weights(self, phi: Tree, z: Tensor, V: Tensor) -> Tensor:
         """The weights w [..., n_f] of representations z [..., d]."""
 
-    @abstractmethod
     def synthesis(self, w: Tensor, V: Tensor) -> Tensor:
         """w V^T [..., d]: the representation that weights w [..., n_f] stand for."""
+        return torch.matmul(w, V.mT)
 
     def calibrate(self, phi: Tree, z: Tensor, V: Tensor) -> Tensor:
         """The calibrated representations z~ [..., d]."""
@@ -157,17 +125,13 @@ class Networks(Calibrator):
         n_f, d = phi["factor"]["output"]["weight"].shape[0], phi["factor"]["hidden"]["weight"].shape[1] - 1
         if Z.shape[-1] != d:
             raise ValueError(f"`Z` should have the last dimension d = {d} that `phi` was initialised for, got {tuple(Z.shape)}.")
-        V = _cosine_basis(d, n_f, phi["factor"]["output"]["weight"]) + _mlp(phi["factor"], statistics(Z))
+        V = cosine_basis(d, n_f, phi["factor"]["output"]["weight"]) + _mlp(phi["factor"], statistics(Z))
         return orthonormalised(V) if self.orthogonal == "qr" else V
 
     def weights(self, phi: Tree, z: Tensor, V: Tensor) -> Tensor:
         """w [..., n_f]."""
         w: Tensor = z @ V + _mlp(phi["weight"], z)
         return w if self.sparsity is None else self.sparsity(w)
-
-    def synthesis(self, w: Tensor, V: Tensor) -> Tensor:
-        """w V^T [..., d]."""
-        return torch.matmul(w, V.mT)
 
 
 @dataclass(frozen=True)
@@ -217,7 +181,7 @@ class PCA(Calibrator):
     def factors(self, phi: Tree, Z: Tensor) -> Tensor:
         """V [d, n_f], detached."""
         check_num_factors(self.n_f, Z.shape[-1], sparse=True)
-        Z = _at_least_float32(Z.detach()).flatten(end_dim=-2)  # [R, d]
+        Z = at_least_float32(Z.detach()).flatten(end_dim=-2)  # [R, d]
         # eigh of the Gram matrix and not svd of Z: it has d eigenvectors however few samples there are, in ascending order.
         V: Tensor = torch.linalg.eigh(Z.mT @ Z).eigenvectors[:, -self.n_f :].flip(-1)
         return V
@@ -226,10 +190,6 @@ class PCA(Calibrator):
         """w [..., n_f], the minimiser of the stable loss's per-sample terms for orthonormal V."""
         d, n_f = V.shape
         return soft_threshold(z @ V, self.lambda_1 * d / (2 * n_f))
-
-    def synthesis(self, w: Tensor, V: Tensor) -> Tensor:
-        """w V^T [..., d]."""
-        return torch.matmul(w, V.mT)
 
 
 @dataclass(frozen=True)
@@ -309,40 +269,6 @@ def soft_threshold(x: Tensor, threshold: float) -> Tensor:
     return x - x.clamp(-threshold, threshold)
 
 
-def statistics(Z: Tensor) -> Tensor:
-    """S = [mu, Sigma] [d, d + 1]: mean and biased covariance (divided by R, so that R = 1 is fine) of Z [..., d].
-
-    >>> statistics(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
-    tensor([[1., 1., 2.],
-            [2., 2., 4.]])
-    """
-    Z = _at_least_float32(Z).flatten(end_dim=-2)  # [R, d]
-    mu = Z.mean(0)
-    centred = Z - mu
-    return torch.cat([mu[:, None], centred.mT @ centred / len(Z)], dim=1)
-
-
-def orthonormalised(A: Tensor) -> Tensor:
-    """The Q [d, n_f] of A = Q R with R's diagonal positive: unique, so a smooth function of a full-rank A [d, n_f].
-
-    >>> orthonormalised(torch.tensor([[-3.0, 1.0], [-4.0, 1.0]]))
-    tensor([[-0.6000,  0.8000],
-            [-0.8000, -0.6000]])
-    """
-    Q, R = torch.linalg.qr(A)
-    # LAPACK leaves the signs of R's diagonal to the data: without fixing them V's columns would jump between steps.
-    return torch.where(R.diagonal() < 0, -Q, Q)
-
-
-def _cosine_basis(d: int, n_f: int, like: Tensor) -> Tensor:
-    """The first n_f columns of the orthonormal DCT-II matrix [d, n_f], of ``like``'s device and dtype (at least float32)."""
-    i, j = torch.arange(d, device=like.device)[:, None], torch.arange(n_f, device=like.device)
-    # cos(pi (2i + 1) j / 2d); reduced modulo the period in integers, or float32 would lose four digits at d = 512.
-    phase = ((2 * i + 1) * j % (4 * d)).to(torch.promote_types(like.dtype, torch.float32))
-    basis = (phase * (math.pi / (2 * d))).cos() * math.sqrt(2 / d)
-    return torch.where(j == 0, math.sqrt(0.5) * basis, basis)
-
-
 def _init_mlp(
     inputs: int,
     hidden: int,
@@ -369,10 +295,6 @@ def _init_mlp(
 
 def _mlp(params: Tree, x: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, **params["hidden"])), **params["output"])
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _non_negative(name: str, value: float) -> None:

@@ -29,7 +29,8 @@ from metacal.adjoints import Adjoint, Unrolled
 from metacal.bilevel import BilevelOptimizer, BilevelState, Tasks, meta_initialisation, nested
 from metacal.inner import InnerSolver, descent, proximal, repeat
 from metacal.optim import GradientTransformation, sgd
-from metacal.tc2.calibrate import Identity, Networks, check_num_factors
+from metacal.tc2.calibrate import Identity, Networks
+from metacal.tc2.factors import check_num_factors
 from metacal.tc2.losses import CalibrationLoss, stable
 from metacal.tc2.method import Method, MethodState, ended, initial
 from metacal.tc2.pairing import judged, pairing_matrix
