@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metacal.data.images import Images, to_float
+from metacal.data.splits import by_class
 
 
 class Episode(NamedTuple):
@@ -60,7 +61,7 @@ class Episodes:
     def sample(self, step: int, num_tasks: int, seed: int) -> Episode:
         """The tasks of global step ``step``: a pure function of its arguments, so that a resumed run needs no position."""
         rng = np.random.default_rng((seed, step))
-        classes = self._members()
+        classes = by_class(self.images.labels)
         turns_per_class = 4 if self.rotations else 1
         chosen, turns = [], []
         for _ in range(num_tasks):
@@ -74,8 +75,3 @@ class Episodes:
         labels = torch.arange(self.ways, device=x.device).expand(num_tasks, self.ways)
         support, query = x[:, :, : self.shots].flatten(1, 2), x[:, :, self.shots :].flatten(1, 2)
         return Episode((support, labels.repeat_interleave(self.shots, 1)), (query, labels.repeat_interleave(self.queries, 1)))
-
-    def _members(self) -> list[np.ndarray]:
-        labels = self.images.labels.cpu().numpy()
-        order = np.argsort(labels, kind="stable")
-        return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +65,17 @@ def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tens
         taken.append(members[:size])
         rest.append(members[size:])
     return torch.cat(rest).sort().values, torch.cat(taken).sort().values
+
+
+def by_class(labels: Tensor) -> list[np.ndarray]:
+    """The rows of each class present, in the order of its label; each ascending.
+
+    >>> [rows.tolist() for rows in by_class(torch.tensor([5, 2, 5]))]
+    [[1], [0, 2]]
+    """
+    found = labels.numpy(force=True)
+    order = np.argsort(found, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(found[order])) + 1)
 
 
 def _shuffled_classes(labels: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:

@@ -54,6 +54,11 @@ def comparable(train: Tensor, train_labels: Tensor, name: str, other: Tensor, ot
     """Raises ValueError unless ``other`` has the width of ``train`` and classes that ``train`` has."""
     if train.shape[1] != other.shape[1]:
         raise ValueError(f"`{name}` should have features of width {train.shape[1]} as `train` has, got {other.shape[1]}. Use one encoder.")
+    known_classes(train_labels, name, other_labels)
+
+
+def known_classes(train_labels: Tensor, name: str, other_labels: Tensor) -> None:
+    """Raises ValueError unless every class of ``other_labels`` is one of ``train_labels``."""
     unknown = sorted(set(other_labels.tolist()) - set(train_labels.tolist()))
     if unknown:
         raise ValueError(
@@ -70,13 +75,15 @@ def several_classes(labels: Tensor, name: str = "train_labels") -> None:
 
 def warn_if_collapsed(
     features: Tensor, name: str = "train", meaning: str = "so the accuracy is that of guessing one class", *, stacklevel: int = 3
-) -> None:
-    """Warns where all rows are the same up to rounding."""
+) -> bool:
+    """Whether all rows are the same up to rounding; warns where they are."""
     spread = (features - features.mean(0)).abs().max()
-    if spread <= 1e-5 * features.abs().max():
+    collapsed = bool(spread <= 1e-5 * features.abs().max())
+    if collapsed:
         warnings.warn(
             f"`{name}` has collapsed: all features are equal up to rounding, {meaning}. "
             "Follow metacal.evaluate.dimension_std and rank_me during training to see when it happened.",
             RuntimeWarning,
             stacklevel=stacklevel,
         )
+    return collapsed

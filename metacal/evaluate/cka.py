@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 from torch import Tensor
 
-from metacal.evaluate._inputs import matrix
+from metacal.evaluate._inputs import matrix, warn_if_collapsed
 
 
 def cka(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
@@ -36,14 +35,8 @@ def cka(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     A, B = matrix("a", a).double(), matrix("b", b).double()
     if len(A) != len(B):
         raise ValueError(f"`a` and `b` should have one row per image, the same images; got {len(A)} and {len(B)} rows. Encode one set.")
+    undefined = "so CKA is not defined"
+    if warn_if_collapsed(A, "a", undefined) or warn_if_collapsed(B, "b", undefined):
+        return math.nan
     A, B = A - A.mean(0), B.to(A) - B.to(A).mean(0)
-    for name, raw, centred in (("a", a, A), ("b", b, B)):
-        if centred.abs().max() <= 1e-5 * matrix(name, raw).abs().max():
-            warnings.warn(
-                f"`{name}` has collapsed: all features are equal up to rounding, so CKA is not defined. Follow "
-                "metacal.evaluate.dimension_std and rank_me during training to see when it happened.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return math.nan
     return ((A.T @ B).square().sum() / ((A.T @ A).norm() * (B.T @ B).norm())).item()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metacal.data.splits import by_class
 from metacal.evaluate._inputs import labelled, warn_if_collapsed
 from metacal.evaluate.intervals import Interval, mean_interval
 
@@ -44,8 +45,7 @@ def few_shot(
         raise ValueError(
             f"`ways` and `episodes` should be at least 2, `shots` and `queries` at least 1; got {ways}, {episodes}, {shots} and {queries}."
         )
-    order = np.argsort(y.numpy(force=True), kind="stable")
-    members = np.split(order, np.cumsum(y.unique(return_counts=True)[1].tolist())[:-1])
+    members = by_class(y)
     large = [rows for rows in members if len(rows) >= shots + queries]
     if len(large) < ways:
         raise ValueError(

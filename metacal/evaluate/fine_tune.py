@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from metacal import optim, tree
 from metacal._typing import Tree
 from metacal.data import batch_indices, to_float
-from metacal.evaluate._inputs import classes, several_classes
+from metacal.evaluate._inputs import classes, known_classes, several_classes
 from metacal.evaluate.encode import features
 from metacal.inner import descent, run
 
@@ -73,12 +73,7 @@ def fine_tune(
     """
     y, y_test = classes("train_labels", train_labels, train, "train"), classes("test_labels", test_labels, test, "test")
     several_classes(y)
-    unknown = sorted(set(y_test.tolist()) - set(y.tolist()))
-    if unknown:
-        raise ValueError(
-            f"`train_labels` should hold every class of `test_labels`; missing: {', '.join(map(str, unknown[:10]))}"
-            f"{' ...' if len(unknown) > 10 else ''}. Split by class: metacal.data.split_validation or split_per_class."
-        )
+    known_classes(y, "test", y_test)
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` should be at least 1, got {value}.")
