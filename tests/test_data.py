@@ -27,6 +27,7 @@ from metacal.data import (
     batch_indices,
     load,
     resize,
+    sets,
     split_per_class,
     split_validation,
     to_float,
@@ -66,6 +67,8 @@ def test_digits_are_sklearns_divided_once_and_for_all() -> None:
     train, test = load("digits", "train"), load("digits", "test")
     assert (len(train), len(test)) == (1438, 359)
     assert train.images.shape == (1438, 1, 8, 8)
+    assert sets.SHAPES["digits"] == (1, 8, 8)
+    assert tuple(sets.SHAPES) == NAMES
     assert train.images.dtype == torch.float32
     assert (train.name, train.num_classes) == ("digits", 10)
     # every bundled image is in exactly one of the two, with its label
@@ -168,7 +171,7 @@ def test_real_files(name: str, sizes: tuple[int, int], classes: int, mean: tuple
     assert (len(train), len(test)) == sizes
     assert train.num_classes == test.num_classes == classes
     assert train.images.dtype == torch.uint8
-    assert train.images.shape[1:] == (SHAPES[name][0], SHAPES[name][1], SHAPES[name][1])
+    assert train.images.shape[1:] == sets.SHAPES[name] == (SHAPES[name][0], SHAPES[name][1], SHAPES[name][1])
     assert train.labels.bincount().tolist() == test.labels.bincount().mul(sizes[0] // sizes[1]).tolist() or name == "mnist"
     for channel, wanted in enumerate(mean):
         assert train.images[:, channel].double().mean() / 255 == pytest.approx(wanted, abs=1e-4)

@@ -141,5 +141,15 @@ _READERS: dict[str, Any] = {
     "cifar100": _cifar("CIFAR100"),
 }
 
+SHAPES = {
+    "digits": (1, 8, 8),
+    "mnist": (1, 28, 28),
+    "fashion_mnist": (1, 28, 28),
+    "omniglot": (1, _OMNIGLOT_SIZE, _OMNIGLOT_SIZE),
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+}
+"""The shape [C, H, W] of each set's images, known before they are read."""
+
 NAMES = tuple(_READERS)
 """The names that :func:`load` knows."""

@@ -22,7 +22,7 @@ from metacal.train._files import replacing
 from metacal.train.build import build, initial_state
 from metacal.train.config import Config
 from metacal.train.environment import own_draws, resolve_device
-from metacal.train.sampling import sampler, training_channels, training_images
+from metacal.train.sampling import image_channels, sampler, training_images
 
 BUDGET = "budget.json"
 
@@ -107,7 +107,7 @@ def _trial(config: Config, *, draw: bool = True) -> Callable[[], object]:
 
     with own_draws(device, config.seed):
         images = training_images(config).to(device)
-        _, method = build(config, training_channels(config))
+        _, method = build(config, image_channels(config))
         state, sample = initial_state(config, method), sampler(config, images)
         x = sample(0)
         method.step(state, x)  # the first call allocates what stays

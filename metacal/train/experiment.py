@@ -24,7 +24,7 @@ from metacal.train.config import Config
 from metacal.train.environment import own_draws, resolve_device, seed_everything, write_environment
 from metacal.train.loop import CHECKPOINTS, fit, refuse_existing
 from metacal.train.results import CONFIG, write_results
-from metacal.train.sampling import sampler, training_channels, training_images, training_size, watched_images
+from metacal.train.sampling import image_channels, image_size, sampler, training_images, watched_images
 from metacal.train.settings import to_yaml
 
 
@@ -137,15 +137,15 @@ def judge(config: Config, state: MethodState) -> dict[str, dict[str, float]]:
 
 def encoder(config: Config, theta: Tree) -> Encoder:
     """The encoder of a run's params: its images have the size and the channels that it was trained on."""
-    channels = training_channels(config)
+    channels = image_channels(config)
     problem, _ = build(config, channels)
-    return Encoder(problem.network.encode, {"encoder": theta["encoder"]}, training_size(config), channels)
+    return Encoder(problem.network.encode, {"encoder": theta["encoder"]}, image_size(config), channels)
 
 
 def restore(config: Config, folder: str | Path) -> MethodState:
     """The state of the newest checkpoint in a run's folder."""
     seed_everything(config.seed)
-    _, method = build(config, training_channels(config))
+    _, method = build(config, image_channels(config))
     found = checkpoint.latest(Path(folder) / CHECKPOINTS)
     if found is None:
         raise FileNotFoundError(f"`folder` {folder} holds no checkpoint. Train first: metacal pretrain CONFIG --out {folder}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metacal.data import Augmentation, Images, augmenter, batch_indices, load, resize, split_validation, views
 from metacal.data.augment import families
+from metacal.data.sets import SHAPES
 from metacal.evaluate.parts import at_most, parts
 from metacal.tasks import task_size
 from metacal.train.config import Augmentations, Config, Domains
@@ -21,21 +22,21 @@ def training_images(config: Config) -> Images:
     return split_validation(images, config.data.validation, seed=0)[0] if config.data.validation else images
 
 
-def training_channels(config: Config) -> int:
+def image_channels(config: Config) -> int:
     """Channels of the images that the encoder was built for."""
-    return 3 if config.data.name.startswith("cifar") else 1
+    return SHAPES[config.data.name][0]
 
 
-def training_size(config: Config) -> int:
+def image_size(config: Config) -> int:
     """Side of the images that the encoder was built for, in pixels."""
-    return {"digits": 8, "cifar10": 32, "cifar100": 32}.get(config.data.name, 28)
+    return SHAPES[config.data.name][-1]
 
 
 def watched_images(config: Config) -> Images:
     """Some of the images that ``metacal evaluate --split validation`` judges on, in the form that the encoder takes."""
     data = config.data
     validation = parts(data.name, "validation", data.root, data.download)[1]
-    return resize(at_most(validation, config.evaluate.online), training_size(config), training_channels(config))
+    return resize(at_most(validation, config.evaluate.online), image_size(config), image_channels(config))
 
 
 def sampler(config: Config, images: Images) -> Callable[..., Tensor]:
