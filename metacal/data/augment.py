@@ -28,7 +28,7 @@ class Augmentation:
         grayscale: probability that a sample loses its colour; colour only.
         blur: probability of a Gaussian blur, 3 x 3, standard deviation 0.1 to 1 pixels.
 
-    Raises:
+    Errors:
         ValueError: a probability outside [0, 1] or a range that is not one.
     """
 
@@ -105,7 +105,7 @@ def augmenter(augmentation: str | Augmentation, image_size: int, channels: int) 
         image_size: side of the square images, in pixels.
         channels: 1 or 3.
 
-    Raises:
+    Errors:
         ValueError: an unknown name, colour transformations for grey images, or a batch of another shape or dtype.
 
     >>> augment = augmenter("digits", image_size=8, channels=1)
@@ -176,7 +176,7 @@ class _GreyJitter(nn.Module):
 def views(x: Tensor, augment: Callable[[Tensor], Tensor], num_views: int) -> Tensor:
     """``num_views`` independent random views of every image: ``[B, C, H, W]`` -> ``[B, num_views, C, H, W]``, augmented in one call.
 
-    Raises:
+    Errors:
         ValueError: ``num_views`` is below 1.
 
     >>> views(torch.rand(4, 1, 8, 8), augmenter("digits", 8, 1), num_views=2).shape

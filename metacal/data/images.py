@@ -31,7 +31,7 @@ class Images:
         name: the data set's name.
         num_classes: how many classes the labels come from.
 
-    Raises:
+    Errors:
         ValueError: shapes, dtypes, pixels or labels are not of this form.
 
     >>> pair = Images(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]), "blank", num_classes=2)
@@ -91,7 +91,7 @@ def resize(images: Images, size: int, channels: int) -> Images:
     Shrinking averages over the pixels it drops (antialiased); colour turns grey by ITU-R BT.601; grey turns to colour by
     repetition. The dtype stays. Nothing is copied where nothing changes.
 
-    Raises:
+    Errors:
         ValueError: ``channels`` is not 1 or 3 and differs from what the images have.
 
     >>> small = Images(torch.rand(5, 1, 8, 8), torch.arange(5), "noise", num_classes=5)

@@ -17,7 +17,7 @@ def batch_indices(step: int, batch_size: int, num_samples: int, seed: int) -> Te
 
     Cost: one permutation per epoch (the last few are cached).
 
-    Raises:
+    Errors:
         ValueError: ``batch_size`` exceeds ``num_samples``, or a negative ``step`` or ``seed``.
 
     >>> epoch = torch.cat([batch_indices(step, batch_size=2, num_samples=6, seed=0) for step in range(3)])

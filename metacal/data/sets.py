@@ -42,7 +42,7 @@ def load(name: str, split: Literal["train", "test"], *, root: str | os.PathLike[
         root: the folder that torchvision's data set classes read; by default the environment variable METACAL_DATA.
         download: fetch missing files from the set's public source into ``root``; never done unless asked.
 
-    Raises:
+    Errors:
         ValueError: an unknown ``name`` or ``split``.
         FileNotFoundError: the files are not under ``root``.
 

@@ -16,7 +16,7 @@ def split_validation(images: Images, fraction: float, seed: int) -> tuple[Images
 
     Each class rounds for itself and has at least one image on either side. The same arguments give the same split.
 
-    Raises:
+    Errors:
         ValueError: ``fraction`` is not in (0, 1), or a class has a single image.
 
     >>> digits = Images(torch.rand(20, 1, 8, 8), torch.arange(20) % 2, "noise", num_classes=2)
@@ -33,7 +33,7 @@ def split_per_class(images: Images, sizes: Sequence[int], seed: int) -> tuple[Im
 
     Omniglot has 20 drawings of each character: ``sizes=(14, 3, 3)`` makes training, validation and test parts to probe on.
 
-    Raises:
+    Errors:
         ValueError: a size below 1, or a class with fewer than ``sum(sizes)`` images.
 
     >>> few = Images(torch.rand(20, 1, 8, 8), torch.arange(20) % 2, "noise", num_classes=2)

@@ -137,7 +137,7 @@ def assess(case: Case, scores: Sequence[Score] = ("probe", "knn", "monitors")) -
     Cost: encoding the images, once; the probe, kNN and episodes take seconds, the label-based scores less, and fine-tuning two times
     200 steps of 64 images.
 
-    Raises:
+    Errors:
         ValueError: an unknown score; LEEP or NCE without ``source``, CKA without ``against``; a data set too small for a score.
 
     >>> case = Case(Encoder(lambda params, x: x.flatten(1) * params["scale"], {"scale": torch.ones(())}, 8, 1), "digits", labels=300)

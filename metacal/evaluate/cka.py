@@ -22,7 +22,7 @@ def cka(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
 
     Returns NaN, with a warning, where one of them is the same for all images.
 
-    Raises:
+    Errors:
         ValueError: numbers of rows that differ, or NaN features.
 
     Source: Kornblith et al. 2019 (arXiv 1905.00414), equation 5 and section 3.

@@ -25,7 +25,7 @@ def features(
         batch_size: images encoded at once.
         device: where each batch is moved before it is encoded; by default it stays where ``images`` is.
 
-    Raises:
+    Errors:
         ValueError: no images, images of other channels or sizes than ``encode`` takes, or an encoder that returns anything but ``[B, d]``.
 
     >>> features(nn.Flatten(), torch.zeros(5, 1, 8, 8), batch_size=2).shape

@@ -31,7 +31,7 @@ def few_shot(
         labels: ``[N]``.
         seed: of the episodes; the same ones for every encoder.
 
-    Raises:
+    Errors:
         ValueError: fewer than ``ways`` classes with ``shots + queries`` rows each; NaN features; unlabelled rows.
 
     Source: prototypes, Snell et al. 2017 (arXiv 1703.05175), equations 1 and 2; 600 episodes and their interval as in that literature.

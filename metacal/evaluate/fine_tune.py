@@ -58,7 +58,7 @@ def fine_tune(
         test_labels: ``[N_test]``.
         steps: by default 20 passes over the training images, and at least 200 steps, so that more labels are also used more.
 
-    Raises:
+    Errors:
         ValueError: unlabelled images, a test class without a training image, a single class, images of other channels than ``encode``
             takes.
         ArithmeticError: training diverged.

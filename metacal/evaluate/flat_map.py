@@ -18,7 +18,7 @@ def flat_map(features: Tensor | np.ndarray, method: Literal["pca", "tsne"] = "pc
     scikit-learn's, started at PCA, perplexity 30 or N / 4 where that is less: it keeps neighbours and nothing else; sizes of and gaps
     between its clusters mean little. Cost: one SVD, or about 10 s for 2,000 points.
 
-    Raises:
+    Errors:
         ValueError: fewer than 4 rows or 2 dimensions, NaN features, an unknown ``method``.
 
     >>> flat_map(torch.randn(10, 5)).shape

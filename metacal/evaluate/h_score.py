@@ -16,7 +16,7 @@ def h_score(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, shrin
     as Ibrahim et al. propose for few rows of wide features. Directions without variation are left out. Invariant (without
     shrinkage) under invertible linear maps of the features. Cost: one eigendecomposition of ``[d, d]``.
 
-    Raises:
+    Errors:
         ValueError: without ``shrinkage``, no more rows than d: every labelling then has the full score; and as
             :func:`metacal.evaluate.linear_probe` for features and labels.
 

@@ -18,7 +18,7 @@ class Interval(NamedTuple):
 def mean_interval(values: Sequence[float]) -> Interval:
     """Mean and half width of its 95% t-interval, (n - 1) degrees of freedom: t_{0.975} s / sqrt(n).
 
-    Raises:
+    Errors:
         ValueError: fewer than 2 values, or NaN or inf among them.
 
     >>> mean, half_width = mean_interval([0.80, 0.82, 0.84])
@@ -36,7 +36,7 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
 
     ``a[i]`` and ``b[i]`` should share their seed. A difference whose interval excludes 0 is significant at 5%, one comparison alone.
 
-    Raises:
+    Errors:
         ValueError: lengths that differ, fewer than 2 pairs, or NaN or inf among them.
 
     >>> paired_interval([0.875, 0.75], [0.75, 0.625]).mean
@@ -53,7 +53,7 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
 def paired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """Two-sided p-value of the paired t-test of equal means; 1 where all differences are 0, 0 where they are one other number.
 
-    Raises: as :func:`paired_interval`.
+    Errors: as :func:`paired_interval`.
 
     >>> round(paired_p_value([1.0, 2.0, 3.5], [0.5, 1.0, 2.0]), 4)
     0.0742

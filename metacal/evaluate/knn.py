@@ -34,7 +34,7 @@ def knn(
         k: number of neighbours; published tables use 20 and 200.
         temperature: of the weights.
 
-    Raises:
+    Errors:
         ValueError: NaN features, negative labels, test classes that the training set lacks, a single class, ``k`` out of range.
 
     >>> import torch

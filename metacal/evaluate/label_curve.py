@@ -38,7 +38,7 @@ def label_curve(
     Sizes that the smallest class does not have are left out. Each probe chooses its strength on a fifth of its own labels. Cost: a
     :func:`metacal.evaluate.linear_probe` per size, the largest as dear as all others together.
 
-    Raises:
+    Errors:
         ValueError: no size fits, or one is below 2 (a probe holds a row of each class out); and as the probe.
 
     >>> x, y = torch.eye(4).repeat(10, 1) + 0.1 * torch.randn(40, 4), torch.arange(40) % 4

@@ -20,7 +20,7 @@ def leep(probabilities: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> flo
             (:func:`metacal.evaluate.class_probabilities`) or a mixture fitted to the features.
         labels: ``[N]``, the target's classes.
 
-    Raises:
+    Errors:
         ValueError: rows that are no probabilities, unlabelled rows, a single class.
 
     Source: Nguyen et al. 2020 (arXiv 2002.12462), section 2.
@@ -49,7 +49,7 @@ def nce(source_labels: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> floa
         source_labels: ``[N]``, labels or predictions of a source task.
         labels: ``[N]``, the target's classes.
 
-    Raises:
+    Errors:
         ValueError: unlabelled rows, a single target class, lengths that differ.
 
     Source: Tran et al. 2019 (arXiv 1908.08142), equation 7.

@@ -30,7 +30,7 @@ def logme(features: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> float:
     Cost: one SVD of ``[N, d]`` and 120 sums of ``[min(N, d), C]``; no training. +inf where all labels are linear in the features:
     the evidence then has no maximum.
 
-    Raises:
+    Errors:
         ValueError: as :func:`metacal.evaluate.linear_probe` for features and labels.
 
     Source: You et al. 2021 (arXiv 2102.11005), equations 2 to 4.

@@ -28,7 +28,7 @@ def online(problem: Problem, state: MethodState, images: Images, *, neighbours: 
         images: labelled, at the encoder's own size and channels, not trained on; about 1,000.
         neighbours: k, at most half the images.
 
-    Raises:
+    Errors:
         ValueError: fewer images than neighbours need, a class with one image, images of other channels than the encoder takes.
 
     >>> from metacal import nets, objectives, optim, tc2

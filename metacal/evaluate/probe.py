@@ -63,7 +63,7 @@ def linear_probe(
     classes: the 659 of Omniglot (9,226 x 64) take 20 s to a minute *per strength*. Prefer :func:`knn` there (1 s), or pass a short
     grid and ``validation`` drawn per class: ``strengths=(1e-2, 1e-3)``.
 
-    Raises:
+    Errors:
         ValueError: NaN features, negative labels, a single class, a class that is missing from the training rows or too small to split.
 
     >>> x = torch.cat([torch.randn(50, 2) - 3, torch.randn(50, 2) + 3])
@@ -99,7 +99,7 @@ def class_probabilities(
 
     One fit of the given strength, as in :func:`linear_probe`; columns are the classes present, in the order of their labels.
 
-    Raises:
+    Errors:
         ValueError: as :func:`linear_probe`, and ``other`` of another width.
 
     >>> x = torch.cat([torch.randn(50, 2) - 3, torch.randn(50, 2) + 3])

@@ -15,7 +15,7 @@ def transrate(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, eps
     ``R(Z) = 1/2 log det(I + Z^T Z / (n eps))``, n the rows of Z. Classes weigh equally, as in the paper's listing, whatever their
     sizes. It grows with the features' scale: compare encoders on features brought to one. Cost: C + 1 sets of singular values.
 
-    Raises:
+    Errors:
         ValueError: ``eps`` is not positive; and as :func:`metacal.evaluate.linear_probe` for features and labels.
 
     Source: Huang et al. 2022 (arXiv 2106.09362), section 4 and its listing.

@@ -19,12 +19,14 @@ from metacal.tc2.problem import Batch, Problem, Views
 
 
 class Measurement(NamedTuple):
-    """Attributes:
-    cosines: [K, K] between the tasks' support gradients at theta.
-    transfer: [K, K], T(i -> j) = l_j^q(theta) - l_j^q(theta'_i): positive where a step on task i helps task j.
-    scalars: conflict rate and severity, the same for the same batch with its membership shuffled (the baseline of any kind of
-        tasks; a random split's conflict is largely sampling noise), mean transfer to other tasks, and, where there is a calibrator,
-        the calibration's errors and sparsity, and the conflict of the same tasks at the same theta without it.
+    """What :func:`measure` finds on one batch.
+
+    Attributes:
+        cosines: [K, K] between the tasks' support gradients at theta.
+        transfer: [K, K], T(i -> j) = l_j^q(theta) - l_j^q(theta'_i): positive where a step on task i helps task j.
+        scalars: conflict rate and severity, the same for the same batch with its membership shuffled (the baseline of any kind of
+            tasks; a random split's conflict is largely sampling noise), mean transfer to other tasks, and, where there is a
+            calibrator, the calibration's errors and sparsity, and the conflict of the same tasks at the same theta without it.
     """
 
     cosines: Tensor

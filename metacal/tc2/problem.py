@@ -208,11 +208,6 @@ class Problem:
         return Views(views, self.represent(target, views).detach() if tree.leaves(target) else ())
 
 
-def mean_over_tasks(losses: Tensor) -> Tensor:
-    """Means over tasks and not sums, so that K does not change the step size [O]."""
-    return losses.mean()
-
-
 def per_task(fn: Callable[..., Tensor], *stacked: Tree) -> Tensor:
     """``fn`` of every task, [K]: a loop, which on a CPU is as fast as vmap and works for every objective."""
     num_tasks: int = tree.leaves(stacked)[0].shape[0]

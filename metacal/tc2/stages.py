@@ -12,6 +12,8 @@ Reading ``lookahead`` [O], the hypergradient of the calibrator through the encod
     theta+ = theta - a grad_theta mean_k l_k^s(theta, phi)                                              J steps
     phi    moves along d/d phi [ mean_k l_k^q(theta+(phi), phi) + L_tc2(phi) ]
     theta  moves along grad_theta mean_k l_k^s(theta, phi)
+
+Means over tasks and not sums, so that K does not change the step size [O].
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from metacal.tc2.factors import check_num_factors
 from metacal.tc2.losses import CalibrationLoss, stable
 from metacal.tc2.method import Method, MethodState, ended, initial
 from metacal.tc2.pairing import judged, pairing_matrix
-from metacal.tc2.problem import Problem, Views, mean_over_tasks, per_task
+from metacal.tc2.problem import Problem, Views, per_task
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,14 @@ def paper(
         pairing: whose query losses judge theta'_k: a name or a row-stochastic [K, K] matrix.
         warmup: iterations at the start without calibration [O].
         tasks: run stage 2's tasks in a loop or under vmap; measure which is faster.
+
+    Cost, in N images (one view of the batch) that pass forward through the encoder, with m views and a graph or first-order adjoint:
+    m for V (none without a calibrator), J2 m / 2 for the inner runs, and m / 2 times the number of tasks that judge each; replay
+    passes the support again. Stage 1 takes J1 + 1 gradients of the calibrator, and what its adjoint adds, on representations.
+
+    Errors:
+        ValueError: ``tasks`` or ``pairing`` is none of its values; n_f > d; at the first step, an adjoint that does not estimate the
+            derivative by the initial params.
     """
     if tasks not in ("loop", "vmap"):
         raise ValueError(f"`tasks` should be 'loop' or 'vmap', got {tasks!r}: an iteration is not the place to measure which is faster.")
@@ -139,7 +149,7 @@ def paper(
 
         def objective(phi: Tree, Z: Tensor, views: Views) -> Tensor:
             V = problem.calibrator.factors(phi, Z)
-            ssl = mean_over_tasks(per_task(lambda task: now.loss_of(state.theta, phi, V, task), views))
+            ssl = per_task(lambda task: now.loss_of(state.theta, phi, V, task), views).mean()
             return ssl + calibration(Z, V, problem.calibrator.weights(phi, Z, V))[0]
 
         def inner(phi: Tree, _: Tree, batch: _Calibration) -> Tensor:
@@ -168,7 +178,20 @@ def lookahead(
     encoder_stage: Stage = Stage(lr=0.05),
     warmup: int = 0,
 ) -> Method:
-    """TC² with the calibrator's true hypergradient through the encoder's steps [O]; any adjoint."""
+    """TC² with the calibrator's true hypergradient through the encoder's steps [O]; any adjoint.
+
+    Args:
+        optimizer, calibrator_optimizer: the outer steps on theta and phi.
+        calibration: L_tc2, the stable form by default.
+        encoder_stage: the inner run (a, J), on the mean over tasks.
+        warmup: iterations at the start without calibration [O].
+
+    Cost, counted as for :func:`paper`, with a graph adjoint: m for V, J m / 2 for the inner run, m / 2 for the query, and m / 2 for
+    theta's own step; replay passes the support again.
+
+    Errors:
+        ValueError: ``encoder_stage`` has a ``strength``; n_f > d.
+    """
     calibration = stable() if calibration is None else calibration
     _check_factors(problem, calibration)
     if encoder_stage.strength is not None:
@@ -183,7 +206,7 @@ def lookahead(
         support, query = problem.batch(views, state.target, state.theta)
         state, V, metrics = _calibrated(now, state, support, query, lambda state, r: calibrate(state, support, query, r.Z))
         loss, _, (gradient,) = derivatives.value_and_grad(
-            lambda theta: (mean_over_tasks(per_task(lambda task: now.loss(theta, state.phi, V, task), support)), None), state.theta
+            lambda theta: (per_task(lambda task: now.loss(theta, state.phi, V, task), support).mean(), None), state.theta
         )
         carry = now.next_carry(state.theta, state.phi, V, support)
         theta, theta_opt = optim.moved(optimizer, gradient, state.theta_opt, state.theta)
@@ -194,7 +217,7 @@ def lookahead(
 
         def ssl(theta: Tree, phi: Tree, views: Views) -> Tensor:
             V = problem.calibrator.factors(phi, Z)
-            return mean_over_tasks(per_task(lambda task: now.loss(theta, phi, V, task), views))
+            return per_task(lambda task: now.loss(theta, phi, V, task), views).mean()
 
         def outer(theta: Tree, phi: Tree, views: Views) -> Tensor:
             V = problem.calibrator.factors(phi, Z)
@@ -206,8 +229,7 @@ def lookahead(
             repeat(support, encoder_stage.steps),
             query,
         )
-        # Residuals of a biased method are read by people; only what must be finite is a metric that stops a run.
-        return state._replace(phi=after.hparams, phi_opt=after.opt_state), {"calibration_loss": hg.value, **_finite_stats(hg.stats)}
+        return state._replace(phi=after.hparams, phi_opt=after.opt_state), {"calibration_loss": hg.value, **_logged(hg.stats)}
 
     return Method(init, step)
 
@@ -235,7 +257,8 @@ def _calibrated(
     return state, problem.calibrator.factors(state.phi, represented.Z).detach(), metrics
 
 
-def _finite_stats(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+def _logged(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The stats that are metrics. A metric that is not finite stops a run, and the curvature is NaN where a solver met none."""
     return {name: value for name, value in stats.items() if name in ("first_bad_step", "residual_norm", "num_products")}
 
 
