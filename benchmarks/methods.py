@@ -71,7 +71,8 @@ def _ours(name: str, kind: Kind, code: str, *, number: Callable[[Problem], int] 
             raise Unsupported("reads an nn.Module and its loss; the problems are functions")
         if "GaussNewton" in code and problem.parts is None:
             raise Unsupported("the inner objective is no loss of a network's outputs")
-        setting = registry.Setting(number(problem), problem.step_size, **(problem.parts or {}))
+        model, loss = problem.parts or (None, None)
+        setting = registry.Setting(number(problem), problem.step_size, model=model, outputs_loss=loss)
         if "Nystroem" in code and num_params < setting.number:
             raise Unsupported(f"{setting.number} rows of a matrix of {num_params}")
         return _prepared(problem, row.make(setting))

@@ -52,7 +52,7 @@ class Problem:
         exact: the hypergradient at the inner *solution* where it is known in closed form, in float64.
         step_size: of a Neumann series, below ``2 / largest eigenvalue`` of the inner Hessian.
         compile: compiled methods take part. On a CPU they compile for tens of seconds.
-        parts: the inner objective as ``model(params, hparams, batch) -> outputs`` and ``outputs_loss(outputs, hparams, batch)``,
+        parts: the inner objective as ``(params, hparams, batch) -> outputs`` and ``(outputs, hparams, batch) -> scalar``,
             where it is no more than that: what Gauss-Newton products want.
     """
 
@@ -67,7 +67,7 @@ class Problem:
     exact: Callable[[], Tree] | None = None
     step_size: float = 0.1
     compile: bool = False
-    parts: dict[str, Callable[..., Tensor]] | None = None
+    parts: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
 
     @property
     def num_steps(self) -> int:

@@ -66,8 +66,8 @@ def scaling(methods: Iterable[Method], size: Size, device: torch.device | str = 
                 theirs = name == "steps" and x > LONGEST_OF_PEERS[size] and method.library != "metacal"
                 reason = "the line through its points says the rest" if theirs else _too_much(points[method.name], x, size)
                 if reason:
-                    row = {"method": method.name, "library": method.library, "kind": method.kind, "unsupported": f"left out: {reason}"}
-                    yield {"axis": name, "x": x, **row}
+                    who = {"method": method.name, "library": method.library, "kind": method.kind}
+                    yield {"axis": name, "x": x, **who, "unsupported": f"left out: {reason}"}
                 else:
                     growing.append(method)
             for row in measure(to(axis.make(x), device), growing, rounds=rounds, budget=10.0, judged=False):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from metacal import tree
 from metacal._typing import Tree
 from metacal.derivatives import attached
-from metacal.operators import Loss, has_forward_mode
+from metacal.operators import Loss
 
 
 def refuse_without_cuda(how: bool | str, params: Tree = ()) -> None:
@@ -48,7 +48,7 @@ def compiled(fn: Any, how: bool | str, second_order_of: Loss | None = None) -> C
         if not tried:  # eagerly: it shows a user's mistakes as they are, and learns what forward mode cannot do
             tried = True
             return fn(*args)
-        if second_order_of is not None and not has_forward_mode(second_order_of):
+        if second_order_of is not None and not second_order_of.seen.has_forward_mode:
             return fn(*args)
         if cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()

@@ -107,8 +107,8 @@ def _loss(objective: Any, with_carry: bool) -> operators.Loss:
             raise ValueError("`objective` with `carry` should return (loss, carry), not logs: log from the outer objective.")
         return operators.Loss(objective)
     if isinstance(objective, WithAux):
-        return operators.Loss(lambda w, h, b, c: (objective(w, h, b)[0], c), origin=objective.objective)
-    return operators.Loss(lambda w, h, b, c: (objective(w, h, b), c), origin=objective)
+        return operators.Loss(lambda w, h, b, c: (objective(w, h, b)[0], c))
+    return operators.Loss(lambda w, h, b, c: (objective(w, h, b), c))
 
 
 def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = None, compile: bool | str = False) -> InnerSolver:

@@ -9,9 +9,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -23,6 +22,15 @@ from metacal._typing import Tree
 from metacal.derivatives import accumulator, attached, differentiable_attention, graph_nodes, released, transforming, value_and_grad, vjp
 
 
+@dataclass
+class _Seen:
+    """What is known of one objective's operations. Never of another's, however alike their code is: what they close over may differ."""
+
+    has_forward_mode: bool = True
+    has_plain_dual_numbers: bool = True
+    is_twice_differentiable: bool = False
+
+
 @dataclass(frozen=True)
 class Loss:
     """An inner objective in its full form, ``(params, hparams, batch, carry) -> (loss, carry)``.
@@ -32,13 +40,8 @@ class Loss:
 
     fn: Callable[[Tree, Tree, Tree, Tree], tuple[Tensor, Tree]]
     num_chunks: int = 1
-    origin: Any = None  # the user's function, if ``fn`` wraps one
     compiled: bool = False  # products take the way that can be compiled, from the first eager call on
-
-    @property
-    def code(self) -> Any:
-        """What stays the same where an outer loop defines its inner objective anew in every step."""
-        return getattr(self.origin or self.fn, "__code__", self.fn)
+    seen: _Seen = field(default_factory=_Seen, compare=False, repr=False)
 
     def __call__(self, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> tuple[Tensor, Tree]:
         values = []
@@ -122,10 +125,10 @@ def _products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree,
                 with (
                     torch.enable_grad(),
                     differentiable_attention(),
-                    nullcontext() if engine is _reverse_over_reverse else _watching(loss),
+                    nullcontext() if engine is _reverse_over_reverse or torch.compiler.is_compiling() else _watching(loss),
                 ):
                     products, moved = engine(loss, params, hparams, piece, carry, direction, variables)
-                if engine is _reverse_over_reverse or loss.fn not in _without_forward_mode:
+                if engine is _reverse_over_reverse or loss.seen.has_forward_mode:
                     break
                 if before is not None:
                     _random.restore(before)
@@ -141,34 +144,28 @@ def _products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree,
     return total if loss.num_chunks == 1 else _average(total, loss.num_chunks, like)
 
 
-class _GradMode(TorchFunctionMode):
-    """Sees whether ``torch.no_grad`` is entered."""
+class _Stops(TorchFunctionMode):
+    """Sees whether something is made a constant that forward mode does not take for one: under ``torch.no_grad``, or by ``x.data``."""
 
-    switched_off = False
+    seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled and not args[0]:
             callers = sys._getframe(1).f_code, getattr(sys._getframe(1).f_back, "f_code", None)
             # Leaving enable_grad inside of an autograd.Function switches it off too.
-            self.switched_off |= all(code is None or code.co_name != "__exit__" for code in callers)
+            self.seen |= all(code is None or code.co_name != "__exit__" for code in callers)
+        self.seen |= getattr(func, "__self__", None) is torch.Tensor.data  # the getter of the property
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def _watching(loss: Loss) -> Iterator[None]:
-    # What is computed under torch.no_grad is a constant to a backward pass, but not to forward mode, and the Hessian would not be
-    # symmetric. Look once; a double backward then takes it for the constant that it is meant to be.
-    if torch.compiler.is_compiling():
+    # A constant to a backward pass that is none to forward mode would make the Hessian unsymmetric. A double backward then takes it
+    # for the constant that it is meant to be. An objective may change its ways, so that every product is looked at.
+    with _Stops() as stops:
         yield
-        return
-    if loss.code in _switches_grad_off:
-        yield
-    else:
-        with _GradMode() as mode:
-            yield
-        _switches_grad_off[loss.code] = mode.switched_off
-    if _switches_grad_off[loss.code]:
-        _without_forward_mode.add(loss.fn)
+    if stops.seen:
+        loss.seen.has_forward_mode = False
 
 
 def _average(total: Tree, n: int, like: Tree) -> Tree:
@@ -177,23 +174,13 @@ def _average(total: Tree, n: int, like: Tree) -> Tree:
 
 def _engine(loss: Loss, keep_graph: bool) -> Callable[..., tuple[Tree, Tree]]:
     """The cheapest way to a product that is right here and not known to fail."""
-    if not (keep_graph or loss.compiled) or not has_forward_mode(loss):
+    if not (keep_graph or loss.compiled) or not loss.seen.has_forward_mode:
         return _reverse_over_reverse
-    return _forward_over_reverse if keep_graph or loss.code in _without_plain_dual_numbers else _dual_numbers
+    return _dual_numbers if loss.seen.has_plain_dual_numbers and not keep_graph else _forward_over_reverse
 
 
 class NoForwardModeWarning(UserWarning):
     """Second-order products take the reverse-over-reverse way, because an operation has no forward-mode derivative."""
-
-
-_switches_grad_off: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-_without_forward_mode: WeakSet[Callable[..., Any]] = WeakSet()
-_without_plain_dual_numbers: WeakSet[Any] = WeakSet()
-
-
-def has_forward_mode(loss: Loss) -> bool:
-    """Whether no second-order product of this loss has yet met an operation without a forward-mode derivative."""
-    return loss.fn not in _without_forward_mode
 
 
 def _remember_or_raise(loss: Loss, error: Exception) -> None:
@@ -202,8 +189,8 @@ def _remember_or_raise(loss: Loss, error: Exception) -> None:
     fails = "ZeroTensors are immutable" in message  # F.mse_loss has a forward-mode derivative that fails (torch issue 123996)
     if not (missing or fails):
         raise error
-    if loss.code not in _without_plain_dual_numbers:  # torch.func has more: it nests, and GroupNorm's backward is one of its rules
-        _without_plain_dual_numbers.add(loss.code)
+    if loss.seen.has_plain_dual_numbers:  # torch.func has more: it nests, and GroupNorm's backward is one of its rules
+        loss.seen.has_plain_dual_numbers = False
         return
     if missing:
         warnings.warn(
@@ -213,7 +200,7 @@ def _remember_or_raise(loss: Loss, error: Exception) -> None:
             NoForwardModeWarning,
             stacklevel=2,
         )
-    _without_forward_mode.add(loss.fn)
+    loss.seen.has_forward_mode = False
 
 
 def _dual_numbers(
@@ -274,13 +261,10 @@ def _gradient(loss: Loss, w: Tree, h: Tree, piece: Tree, carry: Tree) -> tuple[T
     """``grad_w L`` of one piece, and the carry."""
     _, moved, (g,) = value_and_grad(lambda w: loss.fn(w, h, piece, carry), w, constants=h)
     # Looked at once, where somebody differentiates it.
-    if not transforming() and loss.code not in _twice_differentiable and any(leaf.requires_grad for leaf in tree.leaves(g)):
+    if not transforming() and not loss.seen.is_twice_differentiable and any(leaf.requires_grad for leaf in tree.leaves(g)):
         _refuse_once_differentiable(g)
-        _twice_differentiable.add(loss.code)
+        loss.seen.is_twice_differentiable = True
     return g, moved
-
-
-_twice_differentiable: WeakSet[Any] = WeakSet()
 
 
 def _refuse_once_differentiable(g: Tree) -> None:

@@ -91,10 +91,11 @@ def test_there_are_closed_forms() -> None:
     assert {key for key in PROBLEMS if PROBLEMS[key].make("tiny").exact is not None} == {"quadratic", "ridge"}
 
 
-COMPILED = ("mixed, compiled", "mixed, CUDA graphs")
+COMPILED = ("reverse, compiled", "mixed, compiled", "mixed, CUDA graphs")
+OF_NETWORKS = ("K-FAC", "CG 20, Gauss-Newton")
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*COMPILED, "mixed, offloaded")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*COMPILED, *OF_NETWORKS, "mixed, offloaded")])
 def test_every_method_of_ours_runs(name: str) -> None:
     """Exact ones are exact; the others give finite numbers of the hparams' shapes."""
     p = tiny("ridge")
@@ -103,6 +104,18 @@ def test_every_method_of_ours_runs(name: str) -> None:
     assert bool(torch.isfinite(ravel(found)).all())
     error = relative_error(found, measure.oracle(p))
     assert error <= 1e-10 if name in EXACT else 1e-6 <= error <= 2
+
+
+def test_gauss_newton_wants_the_network_apart() -> None:
+    p = tiny("distillation")
+    model, loss = p.parts or pytest.fail("the objective should be given in its parts")
+    for batch in p.batches:
+        assert torch.equal(loss(model(p.params, p.hparams, batch), p.hparams, batch), p.inner(p.params, p.hparams, batch))
+    found = METHODS["CG 20, Gauss-Newton"].prepare(p)()
+    assert measure.error(found, measure.oracle(p))[1] > 0.5  # the cosine
+    for name in OF_NETWORKS:
+        with pytest.raises(Unsupported, match="outputs|functions"):
+            METHODS[name].prepare(tiny("ridge"))
 
 
 def test_a_method_refuses_what_is_too_large() -> None:
@@ -317,8 +330,8 @@ def fabricated() -> list[dict[str, Any]]:
         )
     ]  # fmt: skip
     course = [
-        {"table": "cleaning", "problem": "hyper-cleaning, MNIST, 50%", "corruption": 0.5, "method": method, "library": library, "outer_step": n,
-         "seconds": seconds, "accuracy": accuracy, "f1": 0.5}
+        {"table": "cleaning", "problem": "hyper-cleaning, MNIST, 50%", "corruption": 0.5, "method": method, "library": library,
+         "outer_step": n, "seconds": seconds, "accuracy": accuracy, "f1": 0.5}
         for method, library, n, seconds, accuracy in (
             ("higher", "higher", 1, 1.0, 0.6), ("higher", "higher", 2, 2.0, 0.8),
             ("graph", "metacal", 1, 0.5, 0.7), ("graph", "metacal", 2, 1.0, 0.8),

@@ -34,5 +34,5 @@ def distillation(size: Size) -> Problem:
     labels = torch.arange(10)
     return Problem(
         f"distillation, {split.title}", inner, cross_entropy(apply), params, learned, [labels] * T, split.train, Rule("sgd", 0.02, 0.9),
-        step_size=0.02, parts={"model": model, "outputs_loss": loss},
+        step_size=0.02, parts=(model, loss),
     )  # fmt: skip
