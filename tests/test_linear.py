@@ -946,13 +946,13 @@ def test_nothing_is_said_inside_transforms() -> None:
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [
-        (lambda: linear.GMRES(5, restart=0), ValueError, "`restart`.*>= 1.*0"),
-        (lambda: linear.MINRES(0), ValueError, "`num_steps`.*>= 1.*0"),
-        (lambda: linear.Neumann(3, power_steps=0), ValueError, "`power_steps`.*>= 1.*0"),
+        (lambda: linear.GMRES(5, restart=0), ValueError, "`restart`.*at least 1.*0"),
+        (lambda: linear.MINRES(0), ValueError, "`num_steps`.*at least 1.*0"),
+        (lambda: linear.Neumann(3, power_steps=0), ValueError, "`power_steps`.*at least 1.*0"),
         (lambda: linear.Dense("qr"), ValueError, "`factorization`.*'qr'"),  # type: ignore[arg-type]
-        (lambda: linear.Nystroem(0), ValueError, "`rank`.*>= 1.*0"),
+        (lambda: linear.Nystroem(0), ValueError, "`rank`.*at least 1.*0"),
         (lambda: linear.Nystroem(2, rho=0.0), ValueError, "`rho`.*positive.*0.0"),
-        (lambda: linear.Diagonal(0), ValueError, "`num_probes`.*>= 1.*0"),
+        (lambda: linear.Diagonal(0), ValueError, "`num_probes`.*at least 1.*0"),
         (lambda: linear.CG(3, preconditioner=linear.MINRES(3)), TypeError, "`preconditioner`.*MINRES"),  # type: ignore[arg-type]
         (lambda: linear.KFAC(nn.Linear(1, 1), nn.MSELoss(), damping=0.0), ValueError, "`damping`.*positive.*0.0"),
         (lambda: adjoints.Implicit(linear.CG(3), operator="hessian"), TypeError, "`operator`.*Hessian.*str"),  # type: ignore[arg-type]
