@@ -43,6 +43,8 @@ def differentiable_tree(name: str, value: Tree) -> None:
                 f"{where} should be a tensor, got {type(leaf).__name__}. Wrap numbers: torch.tensor({leaf!r}); for an nn.Module "
                 "use metacal.functional(module).params."
             )
+        if leaf.is_inference():
+            raise TypeError(f"{where} was made under torch.inference_mode() and cannot be differentiated. Clone it outside: x.clone().")
         if not tree.is_floating(leaf):
             raise TypeError(
                 f"{where} should be floating point to be differentiated, got {leaf.dtype}. Keep integers in the batch or in "
@@ -92,6 +94,13 @@ def scalar(name: str, value: Any) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"`{name}` should return a scalar, got a tensor of shape {tuple(value.shape)}. Reduce it: .mean() or .sum().")
     return value.reshape(())
+
+
+def pair(name: str, value: Any, what: str) -> tuple[Any, Any]:
+    """Returns ``value`` if it is a pair, else raises TypeError."""
+    if not (isinstance(value, tuple) and len(value) == 2):
+        raise TypeError(f"`{name}` should return {what}, got {type(value).__name__}.")
+    return value
 
 
 def whole(name: str, value: Any, at_least: int = 1) -> None:

@@ -14,7 +14,7 @@ from metacal._device import device_of
 from metacal._fastest import fastest
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint
-from metacal.estimate import HyperGradient, differentiate
+from metacal.estimate import HyperGradient, check_parts, differentiate
 from metacal.inner import InnerSolver, InnerState
 from metacal.optim import OptimizerLike
 
@@ -61,6 +61,7 @@ def nested(outer: Any, solver: InnerSolver, adjoint: Adjoint, optimizer: Optimiz
     >>> state.hparams.round(decimals=3)
     tensor([3.])
     """
+    check_parts(solver, adjoint)
     transformation = optim.resolve(optimizer, ())
 
     def init(params: Tree, hparams: Tree) -> BilevelState:

@@ -51,6 +51,9 @@ class Estimate:
     solver: InnerSolver
     adjoint: Adjoint
 
+    def __post_init__(self) -> None:
+        check_parts(self.solver, self.adjoint)
+
     def __call__(self, state: InnerState, hparams: Tree, inner_batches: Sequence[Tree], outer_batch: Tree) -> HyperGradient:
         return differentiate(self.outer, self.solver, self.adjoint, state, hparams, inner_batches, outer_batch, ())[0]
 
@@ -108,10 +111,28 @@ def share(part: Tree, rest: Tree) -> Tensor:
 
 def value_and_aux(outer: Any, params: Tree, hparams: Tree, batch: Tree) -> tuple[Tensor, dict[str, Tensor]]:
     """The outer objective, and what it logs."""
-    return outer(params, hparams, batch) if isinstance(outer, WithAux) else (outer(params, hparams, batch), {})
+    if not isinstance(outer, WithAux):
+        return outer(params, hparams, batch), {}
+    value, aux = _checks.pair("objective", outer(params, hparams, batch), "(loss, dict of tensors to log), as with_aux says")
+    return value, aux
+
+
+def check_parts(solver: Any, adjoint: Any) -> None:
+    """Raises TypeError unless these are what a hypergradient is made of."""
+    if not isinstance(solver, InnerSolver):
+        raise TypeError(
+            f"`solver` should be an InnerSolver, got {type(solver).__name__}. Make one, as by metacal.descent(objective, optimizer)."
+        )
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"`adjoint` should be one of metacal.adjoints with its settings, such as Unrolled(), got {adjoint!r}.")
 
 
 def _check(params: Tree, hparams: Tree, batches: Any) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Nothing can be differentiated under torch.inference_mode(), and a hypergradient differentiates the inner run. Call it "
+            "outside, or under torch.no_grad()."
+        )
     _checks.differentiable_tree("params", params)
     _checks.differentiable_tree("hparams", hparams)
     _checks.one_device(params=params, hparams=hparams)
@@ -167,6 +188,7 @@ def solve(
     tensor(0.7500)
     """
     adjoint = Unrolled() if adjoint is None else adjoint
+    check_parts(solver, adjoint)
     _check(params, hparams, batches)
     if isinstance(adjoint, Unrolled) and adjoint.mode == "graph" and adjoint.segment in (None, 1):
         final, bad = adjoint.in_one_graph(solver, params, hparams, batches)

@@ -30,7 +30,7 @@ StateCotangent: TypeAlias = "tuple[Tree, list[Tensor]]"
 
 
 class Descent(NamedTuple):
-    """The parts of a gradient-based step, for the adjoints that take it apart.
+    """The parts of a gradient-based step, for the adjoints that take it apart: four that say what it is, and three that follow.
 
     ``gradient(params, hparams, batch, carry) -> (grads, carry)``;
     ``products(params, hparams, batch, carry, d) -> (H_ww d, H_hw d)``, and ``hessian(params, hparams, batch, carry)(d) -> H_ww d``;
@@ -89,13 +89,15 @@ class Microbatched:
         return torch.stack([self.objective(params, hparams, b) for b in operators.chunks(batch, self.num_chunks)]).mean()
 
 
-def microbatched(objective: Objective, n: int) -> Microbatched:
+def microbatched(objective: Any, n: int) -> Microbatched:
     """The mean of the objective over ``n`` equal pieces of the batch: gradient accumulation.
 
     :func:`descent` differentiates it piece by piece, so that only one piece's activations are alive at a time. Right for
     objectives that are means over samples; a contrastive loss or BatchNorm sees smaller batches.
     """
     _checks.whole("n", n)
+    if isinstance(objective, WithAux):
+        raise TypeError("`objective` should return a scalar, not logs beside it: pieces are averaged. Log from the outer objective.")
     return Microbatched(objective, n)
 
 
@@ -105,10 +107,29 @@ def _loss(objective: Any, with_carry: bool) -> operators.Loss:
     if with_carry:
         if isinstance(objective, WithAux):
             raise ValueError("`objective` with `carry` should return (loss, carry), not logs: log from the outer objective.")
-        return operators.Loss(objective)
+        return operators.Loss(_with_carry(objective))
     if isinstance(objective, WithAux):
         return operators.Loss(lambda w, h, b, c: (objective(w, h, b)[0], c))
     return operators.Loss(lambda w, h, b, c: (objective(w, h, b), c))
+
+
+def _with_carry(objective: Callable[[Tree, Tree, Tree, Tree], Any]) -> Callable[[Tree, Tree, Tree, Tree], tuple[Tensor, Tree]]:
+    """The objective, whose ``carry`` is a value: steps are taken again from what was saved of it."""
+
+    def pure(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> tuple[Tensor, Tree]:
+        if torch.compiler.is_compiling():
+            return objective(params, hparams, batch, carry)
+        before = [x._version for x in tree.leaves(carry)]
+        value, moved = _checks.pair("objective", objective(params, hparams, batch, carry), "(loss, carry), as it is given a `carry`")
+        for path, x, version in zip(tree.paths(carry), tree.leaves(carry), before, strict=True):
+            if x._version != version:
+                raise ValueError(
+                    f"`objective` changed its `carry` at '{path}' in place, and steps are taken again from it. Return new tensors; for "
+                    "a module's buffers use metacal.functional(module).apply(params, x, carry=carry)."
+                )
+        return value, moved
+
+    return pure
 
 
 def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = None, compile: bool | str = False) -> InnerSolver:
@@ -134,6 +155,10 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
     >>> metacal.run(solver, state, torch.ones(2), metacal.repeat(None, 2)).params
     tensor([0.7500, 0.7500])
     """
+    if not callable(objective):
+        raise TypeError(f"`objective` should be a function (params, hparams, batch) -> scalar, got {type(objective).__name__}.")
+    if not callable(optimizer):  # a function of the hparams is looked at where there are some
+        optim.resolve(optimizer, ())
     _compile.refuse_without_cuda(compile)
     loss = replace(_loss(objective, with_carry=carry is not None), compiled=bool(compile))
 
@@ -297,11 +322,13 @@ def constant(name: str, batch: Tree) -> None:
 
 def repeat(batch: Tree, n: int) -> Sequence[Tree]:
     """The same batch for ``n`` steps, held once."""
+    _checks.whole("n", n, 0)
     return [batch] * n
 
 
 def take(loader: Iterable[Tree], n: int) -> Sequence[Tree]:
     """The first ``n`` batches of a DataLoader (or any iterable), starting over when it ends."""
+    _checks.whole("n", n, 0)
     taken: list[Tree] = []
     while len(taken) < n:
         before = len(taken)

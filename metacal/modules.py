@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -51,6 +52,8 @@ def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "ca
     >>> f.apply(f.params, torch.ones(2, 3)).shape
     torch.Size([2, 1])
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`module` should be an nn.Module, got {type(module).__name__}.")
     if batch_norm not in ("carry", "batch"):
         raise ValueError(f"`batch_norm` should be 'carry' or 'batch', got {batch_norm!r}.")
     called = module
@@ -62,6 +65,8 @@ def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "ca
     places = _places(called)
 
     def call(params: dict[str, Tensor], state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if params.keys() != trainable.keys():
+            _refuse_names(params, trainable)
         values = {**frozen, **params, **state}
         placed = {place: values[name] for place, name in places.items() if name in values}
         with _no_checkpointing(), _twice_differentiable_weight_norm():
@@ -81,11 +86,22 @@ def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "ca
         unknown = sorted(values.keys() - own.keys())
         if unknown:
             raise ValueError(f"`params` should hold names of the module's parameters and buffers; it has none called '{unknown[0]}'.")
+        for name, value in values.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"`params` at '{name}' should have the module's shape {tuple(own[name].shape)}, got {tuple(value.shape)}.")
         with torch.no_grad():
             for name, value in values.items():
                 own[name].copy_(value)
 
     return Functional(apply, trainable, buffers, write)
+
+
+def _refuse_names(params: dict[str, Tensor], trainable: dict[str, Tensor]) -> None:
+    missing, unknown = (sorted(a - b) for a, b in ((trainable.keys(), params.keys()), (params.keys(), trainable.keys())))
+    found = [f"'{missing[0]}' is missing"] * bool(missing) + [f"'{unknown[0]}' is none of them"] * bool(unknown)
+    raise ValueError(
+        f"`params` should hold the module's trainable parameters by name, as metacal.functional(module).params does: {' and '.join(found)}."
+    )
 
 
 def _places(module: nn.Module) -> dict[str, str]:
@@ -105,6 +121,10 @@ def _places(module: nn.Module) -> dict[str, str]:
     }
 
 
+# The parametrisation looks it up in torch; nn.utils.weight_norm has a name of its own for it.
+_WEIGHT_NORMS: tuple[Any, ...] = (torch, importlib.import_module("torch.nn.utils.weight_norm"))
+
+
 @contextmanager
 def _twice_differentiable_weight_norm() -> Iterator[None]:
     # torch's fused one has no forward mode, and a wrong second derivative by v.
@@ -112,11 +132,13 @@ def _twice_differentiable_weight_norm() -> Iterator[None]:
         yield
         return
     own = torch._weight_norm
-    torch._weight_norm = lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim))
+    for place in _WEIGHT_NORMS:
+        place._weight_norm = lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim))
     try:
         yield
     finally:
-        torch._weight_norm = own
+        for place in _WEIGHT_NORMS:
+            place._weight_norm = own
 
 
 class _Refused:

@@ -147,14 +147,22 @@ def _products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree,
 class _Stops(TorchFunctionMode):
     """Sees whether something is made a constant that forward mode does not take for one: under ``torch.no_grad``, or by ``x.data``."""
 
-    seen = False
+    of_no_grad = of_data = False
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        if self.of_data and transforming() and not any(raised):
+            raise RuntimeError(
+                "The objective reads x.data, which a torch.func transform (vmap, grad, jvp ...) takes for a constant in its first "
+                "derivative and not in its second. Write x.detach()."
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled and not args[0]:
             callers = sys._getframe(1).f_code, getattr(sys._getframe(1).f_back, "f_code", None)
             # Leaving enable_grad inside of an autograd.Function switches it off too.
-            self.seen |= all(code is None or code.co_name != "__exit__" for code in callers)
-        self.seen |= getattr(func, "__self__", None) is torch.Tensor.data  # the getter of the property
+            self.of_no_grad |= all(code is None or code.co_name != "__exit__" for code in callers)
+        self.of_data |= getattr(func, "__self__", None) is torch.Tensor.data  # the getter of the property
         return func(*args, **(kwargs or {}))
 
 
@@ -164,7 +172,7 @@ def _watching(loss: Loss) -> Iterator[None]:
     # for the constant that it is meant to be. An objective may change its ways, so that every product is looked at.
     with _Stops() as stops:
         yield
-    if stops.seen:
+    if stops.of_no_grad or stops.of_data:
         loss.seen.has_forward_mode = False
 
 
@@ -259,7 +267,8 @@ def _reverse_over_reverse(
 
 def _gradient(loss: Loss, w: Tree, h: Tree, piece: Tree, carry: Tree) -> tuple[Tree, Tree]:
     """``grad_w L`` of one piece, and the carry."""
-    _, moved, (g,) = value_and_grad(lambda w: loss.fn(w, h, piece, carry), w, constants=h)
+    with _Stops() if transforming() and not torch.compiler.is_compiling() else nullcontext():
+        _, moved, (g,) = value_and_grad(lambda w: loss.fn(w, h, piece, carry), w, constants=h)
     # Looked at once, where somebody differentiates it.
     if not transforming() and not loss.seen.is_twice_differentiable and any(leaf.requires_grad for leaf in tree.leaves(g)):
         _refuse_once_differentiable(g)

@@ -150,7 +150,8 @@ class _MixedProduct:
         with _random.preserved(self.state.params):
             ahead = self._gradient(tree.axpy(eps, v, self.state.params))
             behind = self._gradient(tree.axpy(-eps, v, self.state.params))
-        return tree.scale(1 / (2 * eps), tree.sub(ahead, behind)), eps
+        difference = tree.scale(1 / (2 * eps), tree.sub(ahead, behind))
+        return tree.map(lambda d, h: d.to(h.dtype), difference, self.hparams), eps
 
     def _gradient(self, w: Tree) -> Tree:
         """grad_h L(w, h), the mean over batches and their pieces: no gradient by the params is taken."""

@@ -67,6 +67,7 @@ class Forward(Adjoint):
             bad = FirstBad()
             final = advance(solver, state, hparams, batches, 0, len(batches), bad)
             return final, lambda ct: Cotangents((), hparams, {"first_bad_step": bad.step()})
+        lanes.real("Forward", hparams)
         start = lanes.zeros(num, state.params), lanes.basis(hparams)
         final, Z, bad = push_forward(solver, state, hparams, batches, *start, self.chunk_size)
         unravel = tree.ravel(hparams)[1]
@@ -123,6 +124,7 @@ class ForwardSketch(Adjoint):
     ) -> tuple[InnerState, Pullback]:
         if not tree.num_elements(hparams):
             return Forward().vjp(solver, state, hparams, batches)
+        lanes.real("ForwardSketch", hparams)
         with _random.apart(state.params, hparams):
             u = lanes.directions(hparams, self.num_directions, self.distribution)
         start = lanes.zeros(self.num_directions, state.params)

@@ -19,6 +19,16 @@ from metacal._typing import Tree
 Distribution = Literal["rademacher", "gaussian"]
 
 
+def real(who: str, hparams: Tree) -> None:
+    """Raises TypeError where the hparams are complex: directions are real, and would leave out what is imaginary."""
+    for path, leaf in zip(tree.paths(hparams), tree.leaves(hparams), strict=True):
+        if leaf.is_complex():
+            where = f" at '{path}'" if path else ""
+            raise TypeError(
+                f"`hparams`{where} should be real for {who}, got {leaf.dtype}. Pass real and imaginary parts, or use Unrolled()."
+            )
+
+
 def directions(like: Tree, num: int, distribution: Distribution) -> Tree:
     """``num`` lanes of random directions with mean 0 and covariance I, drawn from torch's default generator."""
 

@@ -153,7 +153,9 @@ class Unrolled(Adjoint):
         tape: list[_StatePullback] = []  # of the segment at hand, consumed by the backward sweep
 
         def save(state: InnerState, noise: _random.Noise, grads: Tree = None) -> _Saved:
-            return _Saved(*((tree.to((state, noise, grads), "cpu")) if self.offload else (state, noise, grads)))
+            if self.offload:  # the generators' states are on the host already
+                state, grads = tree.to((state, grads), "cpu")
+            return _Saved(state, noise, grads)
 
         def load(saved: _Saved) -> _Saved:
             return saved._replace(state=tree.to(saved.state, device), grads=tree.to(saved.grads, device)) if self.offload else saved
