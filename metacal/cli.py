@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from metacal import _lifeline
+
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
@@ -21,7 +23,7 @@ _DESCRIPTION = """Task conflict calibration (TC²) for self-supervised learning,
   metacal pretrain tc2_fashion_mnist --seed 1     train by a packaged configuration (or a path to your own YAML file)
   metacal evaluate RUN --data mnist,omniglot      judge a run's frozen encoder on other data sets (--scores all: every way)
   metacal report RUN [RUN ...]                    one HTML page about one or several runs
-  metacal study benchmarks/studies/transfer.yaml  a grid of runs over methods and seeds, with paired tests, as one page
+  metacal study STUDY.yaml            a grid of runs over methods and seeds, with paired tests, as one page
   metacal together tc2_digits --seeds 1 2 3       several seeds of one configuration in one process, side by side
   metacal methods                                 every hypergradient method: what it estimates, its bias, cost and memory
 
@@ -33,6 +35,7 @@ Data sets other than the bundled digits are read from the folder that METACAL_DA
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _lifeline.hold()
     from metacal.train.settings import find
 
     parser = _parser()
@@ -163,7 +166,9 @@ def _evaluate(parser: Parser, parsed: Namespace) -> None:
     if asked == ["all"]:
         asked = [name for name in SCORES if name != "cka" or against is not None]
     names = given["data"].split(",") if given["data"] else config.evaluate.data or (config.data.name,)
-    labels = given["labels"] or config.evaluate.labels
+    labels = config.evaluate.labels if given["labels"] is None else given["labels"]
+    if labels is not None and labels < 2:
+        raise ValueError(f"`--labels` should be at least 2, of which one is held out to choose the probe's strength; got {labels}.")
     split, root, download = given["split"], config.data.root, config.data.download
     neighbours, source = config.evaluate.neighbours, config.data.name
     cases = {name: Case(encoder, name, split, labels, neighbours, source, against, root, download) for name in names}

@@ -257,3 +257,9 @@ def test_accuracy_counts_by_task() -> None:
     x = torch.eye(3).expand(2, 3, 3)
     right = accuracy(lambda w, x: w["scale"] * x, w, (x, torch.arange(3).expand(2, 3)))
     assert right.tolist() == [1.0, 0.0]
+
+
+def test_support_and_query_hold_the_same_tasks() -> None:
+    learner = maml(lambda w, batch: ((w - batch) ** 2).sum(), 0.25, optim.sgd(0.5))
+    with pytest.raises(ValueError, match=r"same tasks along the first axis.*'support': \{4\}, 'query': \{3\}"):
+        learner.step(learner.init(torch.zeros(1)), torch.ones(4, 1), torch.ones(3, 1))

@@ -19,6 +19,7 @@ from metacal import study
 from metacal.cli import main
 from metacal.evaluate.intervals import holm, paired_interval, paired_p_value
 from metacal.train import report
+from metacal.train._files import alone
 from metacal.train.experiment import pretrain
 from metacal.train.settings import load_config
 
@@ -78,6 +79,9 @@ def test_changes_go_over_settings_group_by_group() -> None:
         ({"seeds": [1, 1]}, "seeds"),
         ({"seeds": []}, "seeds"),
         ({"split": "train"}, "split"),
+        ({"seeds": 3}, "`seeds` should be a list, got 3"),
+        ({"grid": {"method": {"base": 3}}}, "axis 'method' there is 3"),
+        ({"grid": {"method": 3}}, "axis 'method' there is 3"),
         ({"colour": "blue"}, "colour"),
     ],
 )
@@ -122,8 +126,47 @@ def test_a_study_that_is_killed_goes_on_and_a_run_that_fails_does_not_stop_it(tm
     assert "log.txt" in printed.err
     assert "| TC² (paper) | 1 |" in printed.out
     html = (out / "study.html").read_text(encoding="utf-8")
-    for part in ("Does it run?", "2 of 3 runs", "seeds 3", "test images", "odd/seed3: not finished"):
+    for part in (
+        "What was run",
+        "tc2.reading",
+        "method: TC² (paper)",
+        "tc2_digits",
+        "linear probe %",
+        "within out holds",
+        "Does it run?",
+        "2 of 3 runs",
+        "seeds 3",
+        "test images",
+        "odd/seed3: not finished",
+    ):
         assert part in html
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_runs_end_with_their_study(tmp_path: Path, number: signal.Signals) -> None:
+    """Left alive they would write into the folders that the next study gives to its own."""
+    changes = {**TINY["settings"], "train": {**TINY["settings"]["train"], "steps": 100_000}}
+    path, out = write(tmp_path, grid={"method": TINY["grid"]["method"]}, seeds=[3], settings=changes), tmp_path / "out"
+    command = [sys.executable, "-m", "metacal", "study", str(path), "--out", str(out), "--progress", "false", "--processes", "2"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folders = [out / name / "seed3" for name in ("base", "tc²-paper")]
+    deadline = time.monotonic() + 240
+    while not all(list(folder.glob("checkpoints/*.pt")) for folder in folders) and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.05)
+    with pytest.raises(RuntimeError, match="another process"), alone(folders[0]):
+        pass
+    process.send_signal(number)
+    assert process.wait() == (-number if number == signal.SIGKILL else 128 + number)
+    ended = 0
+    while ended < 2 and time.monotonic() < deadline:
+        try:
+            with alone(folders[ended]):
+                ended += 1
+        except RuntimeError:
+            time.sleep(0.05)
+    assert ended == 2
 
 
 def test_findings_and_comparisons_are_those_of_the_runs(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metacal import linear, objectives, optim, tasks, tc2, tree
+from metacal import linear, nets, objectives, optim, tasks, tc2, tree
 from metacal.adjoints import FirstOrder, Implicit, Unrolled
 from metacal.objectives import Outputs, SSLObjective
 from metacal.tc2 import Method, MethodState, Networks, PerTask, Problem, Stage, Views, upgrad
@@ -1015,3 +1015,19 @@ def test_views_of_a_task_are_a_tree() -> None:
     views = Views(images())
     assert tree.index(views, 0).target == ()
     assert torch.equal(tree.index(views, 0).x, views.x[0])
+
+
+@pytest.mark.parametrize("reading", [tc2.paper, tc2.lookahead])
+def test_views_of_another_kind_are_refused_in_words(reading: Any) -> None:
+    torch.manual_seed(0)
+    net = tc2.network(nets.ConvEncoder(width=4, dim=4), objectives.SimCLR(), dim=4, d=4, hidden=4)
+    problem = tc2.Problem(net, objectives.SimCLR(), tc2.Networks(n_f=2), num_tasks=2)
+    method = reading(problem, optim.sgd(0.1), optim.sgd(0.1))
+    state = method.init()
+    for views, message in (
+        (torch.rand(8, 4, 3, 8, 8), r"`images` \[.*3, 8, 8\] have other channels.*metacal.data.resize"),
+        (torch.rand(8, 1, 8, 8), r"`views` should be floating point \[N, m, C, H, W\].*got \(8, 1, 8, 8\)"),
+        (torch.zeros(8, 4, 1, 8, 8, dtype=torch.uint8), r"`views` should be floating point.*torch.uint8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method.step(state, views)

@@ -17,7 +17,7 @@ from metacal import _checks, linear, optim, tree
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Cotangents, FirstOrder, Implicit, Unrolled
 from metacal.adjoints.base import Pullback
-from metacal.bilevel import BilevelState, meta_initialisation
+from metacal.bilevel import BilevelOptimizer, BilevelState, meta_initialisation
 from metacal.estimate import HyperGradient
 from metacal.inner import FirstBad, InnerSolver, InnerState, advance, descent, proximal, repeat, run
 from metacal.optim import OptimizerLike
@@ -137,7 +137,7 @@ def anil(
         K = tree.leaves(support)[0].shape[0]
         return {**tree.map(lambda w: w.expand(K, *w.shape), state.hparams), **adapted}
 
-    return MetaLearner(init, lambda state, support, query: bilevel.step(state, repeat(support, num_steps), query), adapt)
+    return MetaLearner(init, _stepping(bilevel, num_steps), adapt)
 
 
 def accuracy(apply: Callable[[Tree, Tensor], Tensor], params: Tree, query: tuple[Tensor, Tensor]) -> Tensor:
@@ -178,9 +178,19 @@ def _learner(
     bilevel = meta_initialisation(_inner(loss), solver, adjoint, optimizer, hparams_optimizer=learned, tasks=tasks)
     return MetaLearner(
         lambda params: bilevel.init(params, {} if hparams is None else hparams(params)),
-        lambda state, support, query: bilevel.step(state, repeat(support, num_steps), query),
+        _stepping(bilevel, num_steps),
         lambda state, support: _adapted(solver, state, support, num_steps),
     )
+
+
+def _stepping(bilevel: BilevelOptimizer, num_steps: int) -> Callable[[BilevelState, Tree, Tree], tuple[BilevelState, HyperGradient]]:
+    def step(state: BilevelState, support: Tree, query: Tree) -> tuple[BilevelState, HyperGradient]:
+        sizes = {name: {leaf.shape[0] for leaf in tree.leaves(batch)} for name, batch in (("support", support), ("query", query))}
+        if len(set.union(*sizes.values())) > 1:
+            raise ValueError(f"`support` and `query` should have the same tasks along the first axis of every leaf; they have {sizes}.")
+        return bilevel.step(state, repeat(support, num_steps), query)
+
+    return step
 
 
 def _adapted(solver: InnerSolver, state: BilevelState, support: Tree, num_steps: int) -> Tree:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metacal.data import to_float
+from metacal.nets.fit import images_fit
 
 
 def features(
@@ -45,20 +45,6 @@ def features(
                 raise ValueError(f"`encode` should return [{len(batch)}, d], got {tuple(z.shape)}. Pool or flatten the maps in it.")
             encoded.append(z.cpu())
     return torch.cat(encoded)
-
-
-@contextmanager
-def images_fit(images: Tensor) -> Iterator[None]:
-    """Says in the images' words what torch says of a layer whose input has the wrong channels or size."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search(r"expected input.*channels|shapes cannot be multiplied", str(error)):
-            raise
-        raise ValueError(
-            f"`images` [{', '.join(map(str, images.shape))}] have other channels or another size than `encode` takes. Bring them to its "
-            f"input first: metacal.data.resize(images, size, channels) turns 1 <-> 3 channels. (torch: {error})"
-        ) from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metacal.data.splits import by_class
-from metacal.evaluate._inputs import labelled, warn_if_collapsed
+from metacal.evaluate._inputs import classes, matrix, warn_if_collapsed
 from metacal.evaluate.intervals import Interval, mean_interval
 
 
@@ -40,7 +40,8 @@ def few_shot(
     >>> few_shot(x, torch.arange(120) % 6, episodes=10)
     Interval(mean=1.0, half_width=0.0)
     """
-    x, y = labelled("features", features, labels)
+    x = matrix("features", features)
+    y = classes("labels", labels, x, "features")
     if min(ways - 1, shots, queries, episodes - 1) < 1:
         raise ValueError(
             f"`ways` and `episodes` should be at least 2, `shots` and `queries` at least 1; got {ways}, {episodes}, {shots} and {queries}."

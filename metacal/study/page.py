@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from metacal.study.analysis import TRANSFER, Comparison, Correlation, Finding, compare, correlate, findings, overall
-from metacal.study.plan import Study, cells
+from metacal.study.plan import Settings, Study, cells
 from metacal.study.runner import finished
 from metacal.train import report
 from metacal.train._files import replacing
 from metacal.train.pictures import Intervals, Points, draw_intervals
 from metacal.train.report import Cell, Report, Table
 from metacal.train.results import read_results
+from metacal.train.summary import collapse_notes
 
 _COSTS = ("encoder images", "seconds per step")
 _CONFLICT = (
@@ -61,6 +63,8 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
     run = f"{len(plan) - len(missing)} of {len(plan)} runs are finished: " + ", ".join(
         f"{len(names)} on axis '{axis}' ({', '.join(names)})" for axis, names in study.grid.items()
     )
+    by_folder = {folder: read_results(out / folder) for f in found for folder in f.folders}
+    collapsed = [f"{folder}: {note}" for folder, results in by_folder.items() for note in collapse_notes(results["scores"])]
     intro = [text for text in (study.question, f"{run}; seeds {', '.join(map(str, study.seeds))}; judged on {study.split} images.") if text]
     tables = [
         Table(
@@ -69,6 +73,7 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
             note="Accuracies in percent: mean ± half width of the 95% t-interval over seeds. Transfer probe: the mean linear probe of "
             "the data sets that were not trained on.",
         ),
+        Table("What was run", _settings(study), note="Settings that no row names are those of the base configuration and the defaults."),
         Table("Conflict between tasks", [_row(f, _CONFLICT) for f in found if _CONFLICT[0] in f.values], note=_CONFLICT_NOTE),
     ]
     tables += [
@@ -85,8 +90,10 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
     drawn = [differences(study, found, reference, score) for reference in study.references for score in judged_by]
     footnotes = [
         *study.notes,
+        f"By `metacal study`. Each run's folder within {out.name} holds its config.yaml, metrics.jsonl, results.json and log.txt.",
+        *collapsed,
         *(f"{cell.path}: not finished" for cell in missing),
-        *(f"{folder}: {read_results(out / folder)['steps']} steps" for f in found for folder in f.folders),
+        *(_trace(folder, results) for folder, results in by_folder.items()),
     ]
     shown = Report(
         study.title,
@@ -97,6 +104,29 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
         footnotes=footnotes,
     )
     return report.write(path or out / "study.html", shown)
+
+
+def _settings(study: Study) -> list[dict[str, Cell]]:
+    """Every setting that the study writes, one per row, with the place of the grid that has it."""
+    everywhere = {"base": study.base, **_flat(study.settings)}
+    rows: list[dict[str, Cell]] = [{"where": "every run", "setting": name, "value": value} for name, value in everywhere.items()]
+    for axis, names in study.grid.items():
+        for name, settings in names.items():
+            rows += [{"where": f"{axis}: {name}", "setting": key, "value": value} for key, value in _flat(settings).items()]
+    return rows
+
+
+def _flat(settings: Settings, prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: str(value)}
+    return found
+
+
+def _trace(folder: object, results: Mapping[str, Any]) -> str:
+    """A run's line: its steps, and the scores that the tables are made of."""
+    probes = ", ".join(f"{data} {100 * by['probe']:.2f}" for data, by in results["scores"].items() if "probe" in by)
+    return f"{folder}: {results['steps']} steps; linear probe % {probes}"
 
 
 def picture(study: Study, out: str | Path) -> Path | None:

@@ -78,12 +78,22 @@ def load_study(path: str | Path) -> Study:
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no study {path}. It is a YAML file with title, base, grid and seeds.")
+        beside = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml")))
+        there = f" {path.parent} has {beside}." if beside else ""
+        raise FileNotFoundError(f"There is no study {path}. It is a YAML file with title, base, grid and seeds.{there}")
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     known = {f.name for f in fields(Study)}
     if not isinstance(given, dict) or not {"title", "base", "grid", "seeds"} <= given.keys() <= known:
         keys = sorted(given) if isinstance(given, dict) else type(given).__name__
         raise ValueError(f"{path} should have the keys title, base, grid, seeds, and may have {sorted(known)}; it has {keys}.")
+    for name, kind in (("seeds", list), ("references", list), ("notes", list), ("grid", dict), ("settings", dict)):
+        if not isinstance(given.get(name, kind()), kind):
+            raise ValueError(f"{path}: `{name}` should be a {kind.__name__}, got {given[name]!r}.")
+    for axis, names in given["grid"].items():
+        wrong = None if isinstance(names, dict) else names
+        wrong = next((value for value in names.values() if not isinstance(value, dict | None)), None) if wrong is None else wrong
+        if wrong is not None:
+            raise ValueError(f"{path}: `grid` should hold {{axis: {{name: settings}}}}; on the axis '{axis}' there is {wrong!r}.")
     grid = {axis: {str(name): settings or {} for name, settings in names.items()} for axis, names in given["grid"].items()}
     lists = {name: tuple(given[name]) for name in ("seeds", "references", "notes") if name in given}
     return Study(**{**given, **lists, "grid": grid})

@@ -3,14 +3,17 @@ run again."""
 
 from __future__ import annotations
 
-import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from metacal import _lifeline
 from metacal.study.plan import Cell, Study, cells
 from metacal.study.together import refuse
 from metacal.train.results import RESULTS
@@ -22,7 +25,8 @@ _POLL_SECONDS = 0.5
 def run(study: Study, out: str | Path, *, processes: int = 1, progress: bool = True) -> list[Cell]:
     """Runs what is not finished yet; returns the cells that failed, whose ``log.txt`` says why.
 
-    Every cell's settings are checked before anything runs. A run that was interrupted goes on from its newest checkpoint. On a CPU
+    Every cell's settings are checked before anything runs. A run that was interrupted goes on from its newest checkpoint: runs end with
+    the study, however that ends, and leave a checkpoint. On a CPU
     a process has one thread: ``processes`` is how many cores are used. With ``study.together`` a process trains all unfinished seeds of
     one place of the grid.
 
@@ -40,23 +44,23 @@ def run(study: Study, out: str | Path, *, processes: int = 1, progress: bool = T
     jobs = _together(out, waiting) if study.together else [[cell] for cell in waiting]
     running: list[tuple[list[Cell], subprocess.Popen[bytes]]] = []
     bar = _bar(len(plan), done, progress)
-    try:
-        while jobs or running:
-            while jobs and len(running) < processes:
-                job = jobs.pop(0)
-                running.append((job, _start(out, job)))
-            time.sleep(_POLL_SECONDS)
-            for job, process in [(j, p) for j, p in running if p.poll() is not None]:
-                running.remove((job, process))
-                for cell in job:
-                    if not finished(out, cell):
-                        failed.append(cell)
-                        if cell is not job[0]:  # they wrote into one log
-                            shutil.copyfile(_log(out, job[0]), _log(out, cell))
-                bar.update(len(job))
-    finally:
-        bar.close()
-        _stop([process for _, process in running])
+    with _terminable(), bar:
+        try:
+            while jobs or running:
+                while jobs and len(running) < processes:
+                    job = jobs.pop(0)
+                    running.append((job, _start(out, job)))
+                time.sleep(_POLL_SECONDS)
+                for job, process in [(j, p) for j, p in running if p.poll() is not None]:
+                    running.remove((job, process))
+                    for cell in job:
+                        if not finished(out, cell):
+                            failed.append(cell)
+                            if cell is not job[0]:  # they wrote into one log
+                                shutil.copyfile(_log(out, job[0]), _log(out, cell))
+                    bar.update(len(job))
+        finally:
+            _stop([process for _, process in running])
     return failed
 
 
@@ -110,7 +114,7 @@ def _start(out: Path, job: Sequence[Cell]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "metacal", *arguments, "--progress", "false"]
     with _log(out, job[0]).open("ab") as log:
         # More than one thread per process makes processes wait for each other.
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return _lifeline.start(command, log, {"OMP_NUM_THREADS": "1"})
 
 
 def _log(out: Path, cell: Cell) -> Path:
@@ -122,6 +126,23 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.terminate()
     for process in processes:
         process.wait()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM leaves by SystemExit(143), so that what has to be done at the end is done. (In the main thread: others receive none.)"""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old or signal.SIG_DFL)
 
 
 def _bar(total: int, done: int, progress: bool):  # type: ignore[no-untyped-def]  # tqdm has no types

@@ -11,6 +11,7 @@ from metacal import tree
 from metacal._typing import Tree
 from metacal.modules import Functional, functional
 from metacal.nets import MLP, Prototypes
+from metacal.nets.fit import images_fit
 from metacal.objectives import SSLObjective
 
 
@@ -81,7 +82,8 @@ def network(
 
     def encode(theta: Tree, x: Tensor) -> Tensor:
         flat = x.reshape(-1, *x.shape[-3:])  # any encoder of [b, C, H, W]
-        return parts["encoder"].apply(theta["encoder"], flat).reshape(*x.shape[:-3], dim)
+        with images_fit(x):
+            return parts["encoder"].apply(theta["encoder"], flat).reshape(*x.shape[:-3], dim)
 
     def write(theta: Tree) -> None:
         for name, part in parts.items():

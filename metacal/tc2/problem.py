@@ -179,6 +179,7 @@ class Problem:
 
     def split(self, views: Tensor, theta: Tree) -> Tensor:
         """Deals augmented images [N, m, C, H, W] into tasks [K, n, m, C, H, W]; only "clusters" reads theta."""
+        _check_views(views)
         if self.deal == "random":
             return tasks.split(views, self.num_tasks)
         if self.deal == "given":
@@ -205,7 +206,16 @@ class Problem:
 
     def together(self, views: Tensor, target: Tree) -> Views:
         """Images [N, m, C, H, W] as one task, with the target network's outputs."""
+        _check_views(views)
         return Views(views, self.represent(target, views).detach() if tree.leaves(target) else ())
+
+
+def _check_views(views: Tensor) -> None:
+    if views.ndim != 5 or not views.is_floating_point():
+        raise ValueError(
+            f"`views` should be floating point [N, m, C, H, W], m views of each of N images, got {tuple(views.shape)} of {views.dtype}. "
+            "Make them with metacal.data.views, and floats of pixels with metacal.data.to_float."
+        )
 
 
 def per_task(fn: Callable[..., Tensor], *stacked: Tree) -> Tensor:

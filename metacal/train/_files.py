@@ -1,4 +1,4 @@
-"""Files that are either there whole or not at all."""
+"""Files that are either there whole or not at all, and folders that one process writes into."""
 
 from __future__ import annotations
 
@@ -7,6 +7,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes' blocks of the same folder out; the lock goes with its process, however that ends. (POSIX only.)
+
+    Errors:
+        RuntimeError: another process is in there.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"`folder` {folder} belongs to a run that is going on in another process. Wait for it, stop it, or name another folder."
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

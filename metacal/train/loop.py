@@ -18,6 +18,7 @@ from tqdm import tqdm
 from metacal import tree
 from metacal._typing import Tree
 from metacal.train import checkpoint
+from metacal.train._files import alone
 from metacal.train.environment import set_random_state
 from metacal.train.logs import Logs, read_metrics
 
@@ -67,6 +68,7 @@ def fit(
 
     Errors:
         FileExistsError: ``folder`` holds a run and ``resume`` is off.
+        RuntimeError: another process is running in ``folder``.
         NonFiniteError: a metric, or at a checkpoint the state, is NaN or infinite; checkpoints written before it stay.
         CheckpointError: there are checkpoints and none can be read.
         ValueError: the checkpoint does not fit ``state``, or is beyond ``num_steps``.
@@ -88,7 +90,9 @@ def fit(
     state, start = _restored(state, num_steps, folder) if resume else _started(state, folder)
 
     unread: list[tuple[int, Metrics]] = []
+    folder.mkdir(parents=True, exist_ok=True)
     with (
+        alone(folder),
         Logs(folder, first_step=start, tensorboard=tensorboard) as logs,
         tqdm(total=num_steps, initial=start, disable=not progress, unit="step", dynamic_ncols=True) as bar,
         _signals() as received,
@@ -178,9 +182,10 @@ def _require_finite_state(step: int, state: Tree, folder: Path) -> None:
 
 
 def _remedy(folder: Path) -> str:
+    left = any((folder / CHECKPOINTS).glob("*.pt"))
+    kept = f"the checkpoints in {folder / CHECKPOINTS} are from before that step" if left else "there was no checkpoint yet"
     return (
-        f"The run stopped; the checkpoints in {folder / CHECKPOINTS} are from before that step. Lower the learning rates, clip the "
-        "gradients or change the loss, then start in another folder or resume."
+        f"The run stopped; {kept}. Lower the learning rates, clip the gradients or change the loss, then start in another folder or resume."
     )
 
 

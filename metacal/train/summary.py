@@ -69,8 +69,9 @@ def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[
 
 
 def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """Prints the table of :func:`score_rows`."""
-    print(text_table(score_rows(scores)))
+    """Prints the table of :func:`score_rows`, and what to say of encoders that have collapsed."""
+    notes = dict.fromkeys(note for by_data in scores.values() for note in collapse_notes(by_data))
+    print("\n".join([text_table(score_rows(scores)), *notes]))
 
 
 def score_table(scores: Mapping[str, Mapping[str, float]]) -> list[dict[str, Cell]]:
