@@ -19,6 +19,12 @@ def start(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]
     )
 
 
+def release(process: subprocess.Popen[bytes]) -> None:
+    """Closes this end of the pipe of a process that has ended."""
+    assert process.stdin is not None
+    process.stdin.close()
+
+
 def hold() -> None:
     """In a process that :func:`start` started: sends it SIGTERM once the one that started it is gone."""
     if os.environ.pop(_VARIABLE, None) != "stdin":

@@ -19,6 +19,10 @@ T, RATE = 3, 0.1
 Op = Callable[[Tensor], Tensor]
 
 
+def name(adjoint: metacal.Adjoint) -> str:
+    return type(adjoint).__name__
+
+
 def cube(w: Tensor) -> Tensor:
     return w**3
 
@@ -104,7 +108,7 @@ def test_a_second_derivative_that_is_not_there_is_refused_after_one_that_was(mak
 
 
 @pytest.mark.parametrize(
-    "adjoint", [Unrolled(), Unrolled("reverse"), Unrolled("graph"), Unrolled("auto"), Unrolled(segment=1), adjoints.FirstOrder()], ids=repr
+    "adjoint", [Unrolled(), Unrolled("reverse"), Unrolled("graph"), Unrolled("auto"), Unrolled(segment=1), adjoints.FirstOrder()], ids=name
 )
 def test_a_carry_that_is_changed_in_place_is_refused(adjoint: metacal.Adjoint) -> None:
     """Steps are taken again from the carry that was saved, which would be another by then."""
@@ -155,7 +159,7 @@ def test_complex_hparams_are_differentiated_or_refused() -> None:
             found(adjoint)
 
 
-@pytest.mark.parametrize("adjoint", [adjoints.ZerothOrder(2), adjoints.ForwardSketch(2)], ids=repr)
+@pytest.mark.parametrize("adjoint", [adjoints.ZerothOrder(2), adjoints.ForwardSketch(2)], ids=name)
 def test_directions_are_drawn_beside_the_noise_of_the_objectives(adjoint: metacal.Adjoint) -> None:
     def noisy(w: Tensor, h: Tensor, b: None) -> Tensor:
         return ((w - h - torch.randn_like(w)) ** 2).sum()
@@ -168,7 +172,7 @@ def test_directions_are_drawn_beside_the_noise_of_the_objectives(adjoint: metaca
     close(values[0], values[1], 1e-14)
 
 
-@pytest.mark.parametrize("adjoint", [adjoints.FiniteDifference(), adjoints.SAMA(), Unrolled()], ids=repr)
+@pytest.mark.parametrize("adjoint", [adjoints.FiniteDifference(), adjoints.SAMA(), Unrolled()], ids=name)
 def test_a_hypergradient_has_the_type_of_its_hparams(adjoint: metacal.Adjoint) -> None:
     h = torch.tensor(0.3)
     inner = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), optim.sgd(RATE))

@@ -716,6 +716,7 @@ def nearest_without_conflict(g: Tensor, i: int) -> Tensor:
     return best
 
 
+@pytest.mark.filterwarnings("ignore:JAXopt is no longer maintained:DeprecationWarning")  # qpsolvers imports what it finds
 def test_upgrad_is_the_mean_of_projections_onto_the_cone_without_conflict() -> None:
     pytest.importorskip("quadprog")
     for seed in range(5):
@@ -1020,7 +1021,7 @@ def test_views_of_a_task_are_a_tree() -> None:
 @pytest.mark.parametrize("reading", [tc2.paper, tc2.lookahead])
 def test_views_of_another_kind_are_refused_in_words(reading: Any) -> None:
     torch.manual_seed(0)
-    net = tc2.network(nets.ConvEncoder(width=4, dim=4), objectives.SimCLR(), dim=4, d=4, hidden=4)
+    net = tc2.network(nets.ConvEncoder(width=8, dim=4), objectives.SimCLR(), dim=4, d=4, hidden=4)
     problem = tc2.Problem(net, objectives.SimCLR(), tc2.Networks(n_f=2), num_tasks=2)
     method = reading(problem, optim.sgd(0.1), optim.sgd(0.1))
     state = method.init()

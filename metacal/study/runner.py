@@ -53,6 +53,7 @@ def run(study: Study, out: str | Path, *, processes: int = 1, progress: bool = T
                 time.sleep(_POLL_SECONDS)
                 for job, process in [(j, p) for j, p in running if p.poll() is not None]:
                     running.remove((job, process))
+                    _lifeline.release(process)
                     for cell in job:
                         if not finished(out, cell):
                             failed.append(cell)
@@ -126,6 +127,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.terminate()
     for process in processes:
         process.wait()
+        _lifeline.release(process)
 
 
 @contextmanager
