@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS, PAGE = "results.jsonl", "report.html"
+_NEAR = 0.5  # further off than this an estimate is none of the number
 FLOOR = 1e-16  # where an error of zero is drawn
 NAMED = ("graph", "mixed", "forward", "CG 20", "Neumann 20", "first order")  # of the points; all names would cover each other
 IN_README = ("quadratic", "ridge", "cleaning-mnist-50-samples", "mlp", "conv", "transformer")
@@ -82,7 +83,10 @@ def conclusion(rows: Sequence[Row]) -> str:
     near = least(cheaper, "relative_error")
     if near and fastest:
         share, off = near["seconds"] / fastest["seconds"], _percent(near["relative_error"])
-        said.append(f"Of what is cheaper than that, {_who(near)} is the nearest: off by {off} in {share:.2f} of the time.")
+        if near["relative_error"] <= _NEAR:
+            said.append(f"Of what is cheaper than that, {_who(near)} is the nearest: off by {off} in {share:.2f} of the time.")
+        else:
+            said.append(f"Nothing cheaper is near: {_who(near)} is off by {off}.")
     elif fastest:
         said.append("Nothing approximate was cheaper.")
     solved = [r for r in ran if r["kind"] == "implicit" and r.get("solution_error") is not None]
@@ -158,7 +162,7 @@ _COLUMNS: dict[str, Callable[[Row], Any]] = {
 
 
 def _target_line(outcome: Any) -> dict[str, Cell]:
-    value: Cell = None if outcome.value is None else float(f"{outcome.value:.3g}")
+    value: Cell = None if outcome.value is None else float(f"{outcome.value:.4g}")
     return {
         "case": outcome.case, "quantity": outcome.quantity, "value": value, "target": outcome.target,
         "": outcome.verdict, "methods": outcome.note,

@@ -29,7 +29,17 @@ StateCotangent: TypeAlias = "tuple[Tree, list[Tensor]]"
 """A cotangent of the params, and of the floating leaves of the optimizer state."""
 
 
-class Descent(NamedTuple):
+class _Parts(NamedTuple):
+    objective: operators.Loss
+    gradient: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+    products: Callable[[Tree, Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+    update: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+    hessian: Callable[[Tree, Tree, Tree, Tree], Callable[[Tree], Tree]]
+    step: Callable[[InnerState, Tree, Tree], tuple[InnerState, Tree]]
+    pullback: Callable[[InnerState, Tree, Tree, Tree, StateCotangent], tuple[StateCotangent, Tree]]
+
+
+class Descent(_Parts):
     """The parts of a gradient-based step, for the adjoints that take it apart: four that say what it is, and three that follow.
 
     ``gradient(params, hparams, batch, carry) -> (grads, carry)``;
@@ -39,13 +49,49 @@ class Descent(NamedTuple):
     (ct, d_hparams)``: the transposed Jacobian of the step that began at ``state``, on a :data:`StateCotangent`.
     """
 
-    objective: operators.Loss
-    gradient: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
-    products: Callable[[Tree, Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
-    update: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
-    hessian: Callable[[Tree, Tree, Tree, Tree], Callable[[Tree], Tree]]
-    step: Callable[[InnerState, Tree, Tree], tuple[InnerState, Tree]]
-    pullback: Callable[[InnerState, Tree, Tree, Tree, StateCotangent], tuple[StateCotangent, Tree]]
+    __slots__ = ()
+
+    def __new__(
+        cls, objective: Any, gradient: Any, products: Any, update: Any, hessian: Any = None, step: Any = None, pullback: Any = None
+    ) -> Descent:
+        hessian = _hessian(products) if hessian is None else hessian
+        step = _step(gradient, update) if step is None else step
+        pullback = _pullback(products, update) if pullback is None else pullback
+        return super().__new__(cls, objective, gradient, products, update, hessian, step, pullback)
+
+
+# What follows are functions and no partials: what is compiled is a copy of their code.
+def _hessian(products: Any) -> Callable[[Tree, Tree, Tree, Tree], Callable[[Tree], Tree]]:
+    def hessian(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> Callable[[Tree], Tree]:
+        return lambda direction: products(params, hparams, batch, carry, direction)[0]
+
+    return hessian
+
+
+def _step(gradient: Any, update: Any) -> Callable[[InnerState, Tree, Tree], tuple[InnerState, Tree]]:
+    def step(state: InnerState, hparams: Tree, batch: Tree) -> tuple[InnerState, Tree]:
+        grads, moved = gradient(state.params, hparams, batch, state.carry)
+        params, opt_state = update(grads, state.params, state.opt_state, hparams)
+        return InnerState(params, opt_state, moved), grads
+
+    return step
+
+
+def _pullback(products: Any, update: Any) -> Callable[[InnerState, Tree, Tree, Tree, StateCotangent], tuple[StateCotangent, Tree]]:
+    def pullback(state: InnerState, grads: Tree, hparams: Tree, batch: Tree, ct: StateCotangent) -> tuple[StateCotangent, Tree]:
+        # w', s' = U(g(w, h), w, s, h): (g_bar, w_bar, s_bar, h_bar) = U^T ct, and g is symmetric in w.
+        floating, combine = tree.partition(state.opt_state)
+
+        def updated(g: Tree, w: Tree, s: list[Tensor], h: Tree) -> StateCotangent:
+            w, s = update(g, w, combine(s), h)
+            return w, tree.partition(s)[0]
+
+        # The update's graph is gone before the products need room.
+        g_bar, w_bar, s_bar, h_bar = derivatives.vjp(updated, grads, state.params, floating, hparams)[1](ct)
+        H_ww, H_hw = products(state.params, hparams, batch, state.carry, g_bar)
+        return (tree.add(w_bar, H_ww), s_bar), tree.add(h_bar, H_hw)
+
+    return pullback
 
 
 class InnerSolver(NamedTuple):
@@ -162,7 +208,6 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
     _compile.refuse_without_cuda(compile)
     loss = replace(_loss(objective, with_carry=carry is not None), compiled=bool(compile))
 
-    # What follows are functions and no partials: what is compiled is a copy of their code.
     def gradient(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> tuple[Tree, Tree]:
         return operators.gradient(loss, params, hparams, batch, carry)
 
@@ -180,22 +225,7 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
     def update(grads: Tree, params: Tree, opt_state: Tree, hparams: Tree) -> tuple[Tree, Tree]:
         return optim.moved(optim.resolve(optimizer, hparams), grads, opt_state, params)
 
-    def step(state: InnerState, hparams: Tree, batch: Tree) -> tuple[InnerState, Tree]:
-        grads, moved = operators.gradient(loss, state.params, hparams, batch, state.carry)
-        return InnerState(*update(grads, state.params, state.opt_state, hparams), moved), grads
-
-    def pullback(state: InnerState, grads: Tree, hparams: Tree, batch: Tree, ct: StateCotangent) -> tuple[StateCotangent, Tree]:
-        # w', s' = U(g(w, h), w, s, h): (g_bar, w_bar, s_bar, h_bar) = U^T ct, and g is symmetric in w.
-        floating, combine = tree.partition(state.opt_state)
-
-        def updated(g: Tree, w: Tree, s: list[Tensor], h: Tree) -> StateCotangent:
-            w, s = update(g, w, combine(s), h)
-            return w, tree.partition(s)[0]
-
-        # The update's graph is gone before the products need room.
-        g_bar, w_bar, s_bar, h_bar = derivatives.vjp(updated, grads, state.params, floating, hparams)[1](ct)
-        H_ww, H_hw = operators.mixed_products(loss, state.params, hparams, batch, state.carry, g_bar)
-        return (tree.add(w_bar, H_ww), s_bar), tree.add(h_bar, H_hw)
+    step, pullback = _step(gradient, update), _pullback(products, update)
 
     def init(params: Tree, hparams: Tree) -> InnerState:
         _checks.differentiable_tree("params", params)

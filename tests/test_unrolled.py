@@ -421,3 +421,21 @@ def test_a_second_backward_through_solve_gives_the_number_of_the_first(mode: Any
     (second,) = torch.autograd.grad(loss, h)
     assert first.norm() > 0
     assert torch.allclose(first, second, rtol=1e-12, atol=0)
+
+
+def test_four_parts_make_a_descent() -> None:
+    """A step of one's own: what follows from gradient, products and update is filled in."""
+    w, h = torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([0.3, 0.4], dtype=F64)
+    made = metacal.descent(lambda w, h, b: (w**3 * h).sum(), optim.sgd(0.1, momentum=0.9))
+    assert made.descent is not None
+    own = made._replace(descent=metacal.Descent(*made.descent[:4]))
+    assert own.descent is not None
+    adjoints_ = (metacal.adjoints.Unrolled(), metacal.adjoints.Unrolled("reverse"), metacal.adjoints.SAMA())
+    for adjoint in (*adjoints_, metacal.adjoints.Implicit(metacal.linear.Neumann(3, 0.01))):
+        found = [
+            metacal.hypergradient(lambda w, h, b: (w**2).sum(), solver, adjoint)(
+                solver.init(w, h), h, metacal.repeat(None, 3), None
+            ).hparams
+            for solver in (made, own)
+        ]
+        close(found[1], found[0], 1e-14)
