@@ -107,6 +107,7 @@ def test_every_method_of_ours_runs(name: str) -> None:
     assert error <= 1e-10 if name in EXACT else 1e-6 <= error <= 2
 
 
+@pytest.mark.filterwarnings("ignore::metacal.linear.UnreliableHypergradient")  # the Hessian is not definite, and CG says so
 def test_gauss_newton_wants_the_network_apart() -> None:
     p = tiny("distillation")
     model, loss = p.parts or pytest.fail("the objective should be given in its parts")

@@ -326,7 +326,7 @@ def test_a_collapsed_encoder_is_named(score: Callable[..., float]) -> None:
 
 def test_unlabelled_and_collapsed_features_in_episodes() -> None:
     x, y = blobs(200, classes=5)
-    with pytest.raises(ValueError, match="`features_labels` should not be negative"):
+    with pytest.raises(ValueError, match="`labels` should not be negative"):
         few_shot(x, y - 1)
     with pytest.warns(RuntimeWarning, match="`features` has collapsed.*guessing one class"):
         assert few_shot(0 * x + 1, y, episodes=20).mean == pytest.approx(0.2)

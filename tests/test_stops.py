@@ -159,14 +159,13 @@ def test_complex_hparams_are_differentiated_or_refused() -> None:
             found(adjoint)
 
 
-@pytest.mark.parametrize("adjoint", [adjoints.ZerothOrder(2), adjoints.ForwardSketch(2)], ids=name)
-def test_directions_are_drawn_beside_the_noise_of_the_objectives(adjoint: metacal.Adjoint) -> None:
+def test_directions_are_drawn_beside_the_noise_of_the_objectives() -> None:
     def noisy(w: Tensor, h: Tensor, b: None) -> Tensor:
         return ((w - h - torch.randn_like(w)) ** 2).sum()
 
     inner = metacal.descent(noisy, optim.sgd(RATE))
     values = []
-    for one in (adjoint, Unrolled()):
+    for one in (adjoints.ForwardSketch(2), Unrolled()):
         torch.manual_seed(0)
         values.append(metacal.hypergradient(noisy, inner, one)(inner.init(W, H), H, metacal.repeat(None, T), None).value)
     close(values[0], values[1], 1e-14)

@@ -240,7 +240,7 @@ def test_what_vmap_refuses_is_an_error_that_names_the_remedy(objective: objectiv
 
 def test_errors_that_are_not_vmaps_stay_as_they_are() -> None:
     method = build.build(changed(reading="base"), 1)[1]
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ValueError, match="other channels") as caught:
         side_by_side(method)(stacked([method.init(), method.init()]), torch.rand(2, 8, 2, 3, 8, 8))  # three channels
     assert "together" not in str(caught.value)
 

@@ -175,8 +175,10 @@ def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(tmp_path: Pat
     rows = logs.read_metrics(tmp_path / "killed")
     assert [row["step"] for row in rows] == list(range(NUM_STEPS))
     assert rows == logs.read_metrics(tmp_path / "undisturbed")
-    # Nothing is left behind but the two newest checkpoints.
-    assert sorted(p.name for p in (tmp_path / "killed" / loop.CHECKPOINTS).iterdir()) == ["step_00000154.pt", "step_00000160.pt"]
+    # Nothing is left behind but the two newest checkpoints, and one more if the last kill came between writing one and deleting one.
+    *more, before, last = sorted(p.name for p in (tmp_path / "killed" / loop.CHECKPOINTS).iterdir())
+    assert (before, last) == ("step_00000154.pt", "step_00000160.pt")
+    assert more in ([], ["step_00000147.pt"])
 
 
 @pytest.mark.parametrize(("number", "leaves_by"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from metacal import _checks, _random, tree
@@ -67,8 +66,7 @@ class ZerothOrder(Adjoint):
         if not tree.num_elements(hparams):
             return final, lambda ct: Cotangents((), hparams, {"first_bad_step": bad.step()})
         lanes.real("ZerothOrder", hparams)
-        with _random.apart(state.params, hparams):
-            u = lanes.directions(hparams, self.num_directions, self.distribution)
+        u = lanes.directions(hparams, self.num_directions, self.distribution)
 
         def end(hparams: Tree) -> Tree:
             _random.restore(noise)
@@ -82,7 +80,6 @@ class ZerothOrder(Adjoint):
             with _random.preserved(state.params):
                 slopes, _ = lanes.over(slope, u, self.chunk_size, state.params)
             d_hparams, stats = lanes.average(slopes, u)
-            torch.rand(())  # the stream beside this one is another next time
             return Cotangents((), d_hparams, {"first_bad_step": bad.step(), **stats})
 
         return final, pullback
