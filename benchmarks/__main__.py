@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import math
@@ -17,25 +16,21 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cleaning, few_shot_tasks, report, scaling
+from benchmarks import few_shot_tasks, report, scaling
+from benchmarks.courses import courses
 from benchmarks.measure import Row, interleaved, matmul_rate, measure, spread
 from benchmarks.methods import METHODS, Method
 from benchmarks.peers import peers
-from benchmarks.problem import Size, to
+from benchmarks.problem import Problem, Size, to
 from benchmarks.problems import PROBLEMS, tc2
 from metacal.diagnostics import peak_bytes, work
 from metacal.train.environment import describe, resolve_device
 
-PARTS = ("hypergradients", "scaling", "tasks", "tc2", "cleaning")
+PARTS = ("hypergradients", "scaling", "tasks", "tc2", "courses")
 PEERS = ("higher", "betty-ml", "jax", "jaxopt", "optax")
 ROUNDS: dict[Size, int] = {"tiny": 1, "small": 7, "full": 15}
 BUDGETS: dict[Size, float] = {"tiny": 0.0, "small": 30.0, "full": math.inf}
 """Seconds of timed rounds per problem, after which three are enough."""
-CLEANING: dict[Size, tuple[tuple[str, float], ...]] = {
-    "tiny": (("mnist", 0.5),),
-    "small": (("mnist", 0.5),),
-    "full": tuple((name, corruption) for name in ("mnist", "fashion_mnist") for corruption in (0.5, 0.7, 0.9)),
-}
 NUM_TASKS: dict[Size, int] = {"tiny": 2, "small": 32, "full": 32}
 
 
@@ -62,33 +57,32 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results: list[Row] = []
     began = time.perf_counter()
-    methods = [m for m in (*METHODS.values(), *peers().values()) if m.small or args.every or args.what != "small"]
-    gc.freeze()  # what the imports made: collecting between calls would look through it each time
     with (folder / report.RESULTS).open("w", encoding="utf-8") as file:
-        for row in run(methods, args.what, args.only, resolve_device(args.device), every=args.every):
+        for row in run(args.what, args.only, resolve_device(args.device), every=args.every):
             row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
             results.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
-    gc.unfreeze()
     print("\n" + report.printed_targets(results))
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes. {report.write(folder, results)}")
 
 
-def run(methods: list[Method], size: Size, only: list[str], device: torch.device, *, every: bool = False) -> Iterator[Row]:
+def run(size: Size, only: list[str], device: torch.device, *, every: bool = False) -> Iterator[Row]:
     """All rows of a run, the environment first; prints as it goes."""
     yield {"table": "environment", "size": size, **_environment(device)}
     if device.type == "cuda":
         yield {"table": "roofline", "flops_per_second": matmul_rate(device)}
-    for key, problem in PROBLEMS.items():
-        wanted = key in only or "hypergradients" in only if only else problem.small or every or size != "small"
-        if wanted:
+    every = every or size != "small"
+    suite = [key for key, problem in PROBLEMS.items() if problem.small or every]
+    methods = [m for m in (*METHODS.values(), *peers().values()) if m.small or every]
+    for key in PROBLEMS:
+        if key in only or (key in suite and (not only or "hypergradients" in only)):
             yield from _shown(key, ({"table": "hypergradients", "key": key, **row} for row in _measured(key, methods, size, device)))
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "scaling": lambda: scaling.scaling(methods, size, device),
         "tasks": lambda: few_shot_tasks.throughput(NUM_TASKS[size], methods, size, device, rounds=ROUNDS[size]),
         "tc2": lambda: _tc2_steps(size, device),
-        "cleaning": lambda: (row for name, share in CLEANING[size] for row in cleaning.run(name, share, methods, size, device)),
+        "courses": lambda: _courses(suite, methods, size, device),
     }
     for part, rows in parts.items():
         if not only or part in only:
@@ -96,9 +90,19 @@ def run(methods: list[Method], size: Size, only: list[str], device: torch.device
 
 
 def _measured(key: str, methods: list[Method], size: Size, device: torch.device) -> Iterator[Row]:
-    row = PROBLEMS[key]
-    problem = to(row.make(size), device)
-    return measure(problem, filter(row.asks, methods), rounds=ROUNDS[size], budget=BUDGETS[size])
+    wanted = filter(PROBLEMS[key].asks, methods)
+    return measure(_made(key, size, device), wanted, rounds=ROUNDS[size], budget=BUDGETS[size])
+
+
+def _courses(suite: list[str], methods: list[Method], size: Size, device: torch.device) -> Iterator[Row]:
+    for key in suite:
+        problem = _made(key, size, device)
+        if problem.goal is not None:
+            yield from courses(problem, methods, size)
+
+
+def _made(key: str, size: Size, device: torch.device) -> Problem:
+    return to(PROBLEMS[key].make(size), device)
 
 
 def _tc2_steps(size: Size, device: torch.device) -> Iterator[Row]:
@@ -118,8 +122,8 @@ def _shown(title: str, rows: Iterator[Row]) -> Iterator[Row]:
         kept.append(row)
         yield row
     print(f"\n{title} ({time.perf_counter() - began:.0f} s)\n")
-    if title == "cleaning":
-        kept = list({row["method"]: row for row in kept}.values())
+    if title == "courses":
+        kept = list({(row["problem"], row["method"]): row for row in kept}.values())
     print(report.printed(kept), flush=True)
     if kept and kept[0]["table"] == "hypergradients":
         print("\n" + report.conclusion(kept), flush=True)

@@ -80,24 +80,28 @@ def interleaved(
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() - began > budget:
-            break
-        for name in list(seconds):
-            with _no_collection():
-                wait(device)
-                start = time.perf_counter()
+    with _frozen():
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() - began > budget:
+                break
+            for name in list(seconds):
                 try:
-                    calls[name]()
-                    wait(device)
+                    seconds[name].append(_timed(calls[name], device))
                 except Exception as error:
                     if on_failure is None:
                         raise
                     on_failure(name, error)
                     del seconds[name]
-                    continue
-                seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def _timed(call: Callable[[], Any], device: torch.device | str) -> float:
+    with _no_collection():
+        wait(device)
+        start = time.perf_counter()
+        call()
+        wait(device)
+        return time.perf_counter() - start
 
 
 def spread(seconds: list[float]) -> Row:
@@ -189,6 +193,17 @@ def peaked(call: Callable[[], Any], device: torch.device | str) -> tuple[Any, in
     gc.collect()
     largest = peak_bytes(lambda: results.append(call()), device)
     return results[0], largest
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Collections look only through what is made from here on, not through what imports and compilers left."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

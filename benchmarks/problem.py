@@ -39,6 +39,25 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What the hparams are learned for, where that is more than the outer objective.
+
+    Attributes:
+        scores: ``(params, hparams, test) -> {"accuracy": ...}``: how good the params are that were trained with these hparams, and the
+            hparams themselves; larger is better.
+        test: data that neither objective sees.
+        lr: of Adam on the hparams.
+        restarts: every outer step has to train from the start, because it is the T steps from there that are learned; otherwise a
+            learner may go on from where its last outer step ended.
+    """
+
+    scores: Callable[[Tree, Tree, Tree], dict[str, float]]
+    test: Tree
+    lr: float
+    restarts: bool = True
+
+
+@dataclass(frozen=True)
 class Problem:
     """A bi-level problem: T inner steps from ``params``, one per batch, then the outer objective.
 
@@ -54,6 +73,7 @@ class Problem:
         compile: compiled methods take part. On a CPU they compile for tens of seconds.
         parts: the inner objective as ``(params, hparams, batch) -> outputs`` and ``(outputs, hparams, batch) -> scalar``,
             where it is no more than that: what Gauss-Newton products want.
+        goal: what it is all for, where something is learned.
     """
 
     name: str
@@ -68,6 +88,7 @@ class Problem:
     step_size: float = 0.1
     compile: bool = False
     parts: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
+    goal: Goal | None = None
 
     @property
     def num_steps(self) -> int:
@@ -105,4 +126,5 @@ def _mapped(problem: Problem, target: torch.dtype | torch.device) -> Problem:
     moved = {key: tree.to(batch, target) for key, batch in moved.items()}
     params, hparams, outer_batch = tree.to((problem.params, problem.hparams, problem.outer_batch), target)
     batches = [moved[id(batch)] for batch in problem.batches]
-    return replace(problem, params=params, hparams=hparams, batches=batches, outer_batch=outer_batch)
+    goal = problem.goal and replace(problem.goal, test=tree.to(problem.goal.test, target))
+    return replace(problem, params=params, hparams=hparams, batches=batches, outer_batch=outer_batch, goal=goal)

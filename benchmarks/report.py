@@ -39,7 +39,7 @@ def write(folder: str | Path, results: Results) -> Path:
     figures = [
         ("Error against cost", "Left is cheaper, down is nearer to the exact hypergradient of the steps taken.", _errors(results, keys)),
         *_growth(results),
-        *_cleaning_courses(results),
+        *_courses(results),
     ]
     title, extra = "Hypergradients: error, time and memory", f"<style>{_WIDE}</style><script>{_SORT}</script>"
     shown = Report(title, _intro(results, keys), _tables(results, keys), figures=figures, extra=extra)
@@ -122,7 +122,7 @@ def _tables(results: Results, keys: Sequence[str]) -> list[Table]:
     others = [
         Table("MAML, tasks per second", [_line(row) for row in table(results, "tasks")], {"tasks per second": "max"}),
         Table("A step of TC² beside one of its base objective", [_line(row) for row in table(results, "tc2")]),
-        Table("Hyper-cleaning, at the end of each course", _last_points(results), {"accuracy %": "max", "F1": "max"}),
+        Table("Whole problems, at the end of each course", _last_points(results), {"accuracy %": "max", "F1": "max"}),
         Table("Scaling", [{"axis": row["axis"], "at": row["x"], **_line(row)} for row in table(results, "scaling")]),
     ]
     return [targets, *problems, *(shown for shown in others if shown.rows)]
@@ -170,7 +170,7 @@ def _target_line(outcome: Any) -> dict[str, Cell]:
 
 
 def _last_points(results: Results) -> list[dict[str, Cell]]:
-    last: dict[tuple[str, str], Row] = {(row["problem"], row["method"]): row for row in table(results, "cleaning")}
+    last: dict[tuple[str, str], Row] = {(row["problem"], row["method"]): row for row in table(results, "courses")}
     return [
         {
             "problem": row["problem"], "method": row["method"], "library": row["library"], "outer steps": row.get("outer_step"),
@@ -297,28 +297,46 @@ def _growth_figure(results: Results, axis: str, quantities: Sequence[str]) -> Fi
     return figure
 
 
-def _cleaning_courses(results: Results) -> list[tuple[str, str, Figure]]:
+_SCORES = {"accuracy": "test accuracy", "f1": "F1"}
+
+
+def _courses(results: Results) -> list[tuple[str, str, Figure]]:
+    """For every whole problem its scores against wall-clock, and the last against memory."""
+    rows = table(results, "courses")
+    by_problem = {name: [row for row in rows if row["problem"] == name] for name in dict.fromkeys(row["problem"] for row in rows)}
+    note = "Full lines and discs: this library. Right: the end of the courses; those of equal hypergradients end in one place."
+    return [(name, note, _course_figure(of_it)) for name, of_it in by_problem.items()]
+
+
+def _course_figure(rows: Sequence[Row]) -> Figure:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    rows, figures = table(results, "cleaning"), []
-    for problem in dict.fromkeys(row["problem"] for row in rows):
-        with rc_context(RC):
-            figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-            for axes, column in zip(figure.subplots(1, 2), ("accuracy", "f1"), strict=True):
-                for i, method in enumerate(dict.fromkeys(row["method"] for row in rows if row["problem"] == problem)):
-                    course = [row for row in rows if row["problem"] == problem and row["method"] == method and row.get(column) is not None]
-                    if len(course) > 1:
-                        dashed = "-" if course[0]["library"] == "metacal" else "--"
-                        xs, ys = [row["seconds"] for row in course], [row[column] for row in course]
-                        axes.plot(xs, ys, dashed, color=LINES[i % len(LINES)], label=method, linewidth=1.4)
-                axes.set(xscale="log", xlabel="seconds of learning", ylabel={"accuracy": "test accuracy", "f1": "F1"}[column])
-                axes.grid(alpha=0.25)
-            handles, labels = axes.get_legend_handles_labels()
-            if handles:
-                figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
-        figures.append((problem, "Full lines: this library.", figure))
-    return figures
+    scores = [score for score in _SCORES if any(row.get(score) is not None for row in rows)]
+    with rc_context(RC):
+        figure = Figure(figsize=(4.8 * (1 + len(scores)), 4.2), layout="constrained")
+        *over_time, over_memory = figure.subplots(1, 1 + len(scores))
+        for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            course = [row for row in rows if row["method"] == method and row.get("accuracy") is not None and row["outer_step"]]
+            if not course:
+                continue
+            own, last = course[0]["library"] == "metacal", course[-1]
+            look: dict[str, Any] = {"color": LINES[i % len(LINES)], "label": method}
+            for axes, score in zip(over_time, scores, strict=True):
+                seconds = [row["seconds"] for row in course]
+                axes.plot(seconds, [row[score] for row in course], "-" if own else "--", linewidth=1.4, **look)
+            if last.get("peak_bytes"):
+                over_memory.plot(last["peak_bytes"] / 1e6, last["accuracy"], "o" if own else "x", **look)
+        for axes, score in zip(over_time, scores, strict=True):
+            axes.set(xlabel="seconds of learning", ylabel=_SCORES[score])
+        over_memory.set(xlabel="peak, MB", ylabel=_SCORES["accuracy"])
+        for axes in (*over_time, over_memory):
+            axes.set_xscale("log")
+            axes.grid(alpha=0.25)
+        handles, labels = over_time[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    return figure
 
 
 def _save(figure: Figure, path: Path) -> None:

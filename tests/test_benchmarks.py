@@ -17,13 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cleaning, measure, report, scaling, targets
+from benchmarks import __main__ as suite
+from benchmarks import courses, measure, report, scaling, targets
 from benchmarks.__main__ import main
 from benchmarks.methods import METHODS, Method, Unsupported
 from benchmarks.problem import Problem, Rule, astype, with_steps
 from benchmarks.problems import PROBLEMS, data
-from benchmarks.problems.hyper_cleaning import corrupt, f1
-from metacal import tree
+from benchmarks.problems.hyper_cleaning import corrupt
+from benchmarks.problems.scores import f1
+from metacal import registry, tree
 from problems import F64, Tree, close, ravel, relative_error, unravel
 
 # Of the hyper-cleaning problems, which are alike at this size, two.
@@ -305,9 +307,102 @@ def test_peers_take_the_longest_courses_no_further_than_is_said(monkeypatch: pyt
 
 def test_a_method_that_compiles_anew_with_each_step_learns_no_weights() -> None:
     made = [Method(library, library, "exact", METHODS["graph"].prepare) for library in ("optax", "jaxopt", "higher")]
-    names = cleaning.learners([*METHODS.values(), *made], "tiny")
+    goal = tiny("distillation").goal
+    assert goal is not None
+    names = courses.learners([*METHODS.values(), *made], "tiny", goal)
     assert "higher" in names
     assert not {"optax", "jaxopt"} & set(names)
+
+
+def adam_by_torch(p: Problem, num_outer: int, *, goes_on: bool = False) -> Tree:
+    """The hparams after outer steps of torch's Adam on the oracle's hypergradients, each from the start or from where the last ended."""
+    assert p.goal is not None
+    h = {name: x.clone().requires_grad_() for name, x in p.hparams.items()}
+    optimizer = torch.optim.Adam(h.values(), p.goal.lr)
+    for _ in range(num_outer):
+        p = replace(p, hparams={name: x.detach().clone() for name, x in h.items()})
+        for name, gradient in measure.oracle(p).items():
+            h[name].grad = gradient
+        optimizer.step()
+        if goes_on:
+            p = replace(p, params=trained(p, p.hparams))
+    return {name: x.detach() for name, x in h.items()}
+
+
+@pytest.mark.parametrize("key", ["cleaning-mnist-50-samples", "learning-rates"])
+def test_a_learner_is_adam_on_hypergradients(key: str) -> None:
+    p = tiny(key)
+    assert p.goal is not None
+    steps = courses.cold(METHODS["graph"])(p, p.goal)
+    found = [next(steps) for _ in range(3)][-1]
+    close(ravel(found), ravel(adam_by_torch(p, 3)), 1e-9)
+
+
+def test_a_warm_start_goes_on() -> None:
+    """From where the last steps ended, along the batches in a circle: five of them, and ten steps."""
+    p = replace(tiny("cleaning-mnist-50-samples"), rule=Rule("sgd", 0.1))  # momentum would be carried on, too
+    assert p.goal is not None
+    steps = courses.warm(courses.Unrolled(mode="graph"))(p, p.goal)
+    found = [next(steps) for _ in range(3)][-1]
+    close(ravel(found), ravel(adam_by_torch(with_steps(p, courses.WARM_STEPS), 3, goes_on=True)), 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::metacal.linear.UnreliableHypergradient")
+@pytest.mark.parametrize("key", ["distillation", "cleaning-mnist-50-samples"])
+def test_whole_problems_are_judged_along_their_courses(key: str) -> None:
+    """Every learner takes its turns, from hparams that are the problem's own; what restarts has no warm learners."""
+    p = with_steps(PROBLEMS[key].make("tiny"), 2)
+    before, *rows = courses.courses(p, METHODS.values(), "tiny")
+    assert p.goal is not None
+    assert before["method"] == "nothing learned"
+    assert 0 <= before["accuracy"] <= 1
+    names = list(courses.learners(METHODS.values(), "tiny", p.goal))
+    assert [row["method"] for row in rows[: len(names)]] == names  # in turns
+    assert ("10 steps, warm start, graph" in names) == any("saba" in name for name in names) == (key != "distillation")
+    assert not [row for row in rows if "failed" in row or "unsupported" in row]
+    assert [row["outer_step"] for row in rows] == [1] * len(names) + [2] * len(names)
+    assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    with pytest.raises(ValueError, match=r"`problem` should have a goal.*quadratic"):
+        next(courses.courses(tiny("quadratic"), METHODS.values(), "tiny"))
+
+
+def test_an_algorithm_with_a_table_is_told_which_batch_it_sees() -> None:
+    p = tiny("language")
+    (saba,) = (row for row in registry.METHODS if row.code.startswith("saba"))
+    assert p.goal is not None
+    h = next(courses.single_loop(saba)(p, p.goal))
+    assert not torch.equal(h["logits"], p.hparams["logits"])
+    assert courses.judge(p, p.goal, h).keys() == {"accuracy", "f1"}
+
+
+def test_learning_makes_whole_problems_better() -> None:
+    """On digits: the images distilled in twenty outer steps teach more than noise, the weights of half-wrong labels more than none."""
+    for key, gain in (("distillation", 0.2), ("cleaning-mnist-50-samples", 0.02)):
+        p = PROBLEMS[key].make("small")
+        assert p.goal is not None
+        steps = courses.cold(METHODS["graph"])(p, p.goal)
+        h = [next(steps) for _ in range(20)][-1]
+        assert courses.judge(p, p.goal, h)["accuracy"] > courses.judge(p, p.goal, p.hparams)["accuracy"] + gain
+
+
+def test_what_the_small_suite_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems and methods that only ``--every`` has, or the full suite."""
+
+    def named(problem: Problem, methods: Any, **_: object) -> Any:
+        return ({"problem": problem.name, "method": m.name, "library": m.library, "kind": m.kind} for m in methods)
+
+    monkeypatch.setattr(suite, "measure", named)
+
+    def measured(size: Any, only: list[str], **options: bool) -> set[tuple[str, str]]:
+        rows = suite.run(size, only, torch.device("cpu"), **options)
+        return {(row["key"], row["method"]) for row in rows if row["table"] == "hypergradients"}
+
+    small, every = measured("small", ["hypergradients"]), measured("small", ["hypergradients"], every=True)
+    assert {key for key, _ in small} == {key for key, row in PROBLEMS.items() if row.small}
+    assert {method for _, method in every} - {method for _, method in small} == {name for name, m in METHODS.items() if not m.small}
+    assert {key for key, _ in every} == set(PROBLEMS)
+    assert {key for key, _ in measured("small", ["logistic"])} == {"logistic"}
+    assert measured("tiny", ["hypergradients"]) == every
 
 
 def fabricated() -> list[dict[str, Any]]:
@@ -336,7 +431,7 @@ def fabricated() -> list[dict[str, Any]]:
         )
     ]  # fmt: skip
     course = [
-        {"table": "cleaning", "problem": "hyper-cleaning, MNIST, 50%", "corruption": 0.5, "method": method, "library": library,
+        {"table": "courses", "problem": "hyper-cleaning, MNIST, 50%, a weight per sample", "method": method, "library": library,
          "outer_step": n, "seconds": seconds, "accuracy": accuracy, "f1": 0.5}
         for method, library, n, seconds, accuracy in (
             ("higher", "higher", 1, 1.0, 0.6), ("higher", "higher", 2, 2.0, 0.8),
@@ -374,6 +469,23 @@ def test_targets_are_computed_from_the_results() -> None:
     assert value("MAML, 32 Omniglot tasks", "tasks") == (None, "not measured")
 
 
+def test_what_stands_in_for_missing_data_meets_no_target() -> None:
+    """MAML is about Omniglot and hyper-cleaning about MNIST; digits are something else."""
+    names = ("MAML, 32 Omniglot tasks", "hyper-cleaning, 50%")
+    for data_set, measured in (("Omniglot", True), ("digits", False)):
+        tasks = [
+            {"table": "tasks", "problem": f"MAML, {data_set}", "num_tasks": 32, "method": method, "library": library, "seconds": seconds,
+             "tasks_per_second": 32 / seconds}
+            for method, library, seconds in (("auto", "metacal", 1.0), ("higher", "higher", 3.0))
+        ]  # fmt: skip
+        results = [
+            row if row["table"] != "courses" or measured else row | {"problem": row["problem"].replace("MNIST", "digits")}
+            for row in fabricated()
+        ]
+        found = [o.value is not None for o in targets.outcomes([*results, *tasks]) if o.case in names]
+        assert found == [measured] * 3
+
+
 def test_a_gpu_has_its_own_limits() -> None:
     results = [{"table": "environment", "device": "cuda:0"}, *fabricated()[1:]]
     (outcome,) = (o for o in targets.outcomes(results) if o.case == "exact, MLP, replay" and o.quantity.startswith("time"))
@@ -392,7 +504,7 @@ def test_the_conclusion_is_what_the_numbers_say() -> None:
 def test_the_page_needs_nothing_else_and_sorts(tmp_path: Path) -> None:
     results = fabricated()
     page = report.write(tmp_path, results).read_text(encoding="utf-8")
-    assert page.count("<svg") == 3  # errors, growth with the steps, the course of hyper-cleaning
+    assert page.count("<svg") == 3  # errors, growth with the steps, the courses of a whole problem
     assert "http" not in page.replace("http://www.w3.org/", "").replace("https://www.w3.org/", "")
     assert page.count("<script>") == 1
     assert "not installed" in page

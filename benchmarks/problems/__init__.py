@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
 
 def _cleaning(name: str, corruption: float, weights: Weights) -> Callable[[Size], Problem]:
-    return lambda size: cleaning(name, corruption, weights, size).problem
+    return lambda size: cleaning(name, corruption, weights, size)
 
 
 PROBLEMS: dict[str, Row] = {

@@ -12,9 +12,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.problem import Size
 from metacal.data import Images, load
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "omniglot": "Omniglot", "digits": "digits"}
+NUM_TEST: dict[Size, int] = {"tiny": 100, "small": 2000, "full": 10_000}
+"""Images to judge at the end."""
 
 
 class Split(NamedTuple):

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.problem import Problem, Rule, Size
+from benchmarks.problem import Goal, Problem, Rule, Size
 from benchmarks.problems import data
 from benchmarks.problems.nets import cross_entropy, mlp
+from benchmarks.problems.scores import classified
 from metacal._typing import Tree
 
 DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 20, 4), "small": (64, 500, 15), "full": (256, 5000, 100)}  # hidden, images, T
@@ -17,7 +18,7 @@ DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 20, 4), "small": (64
 def distillation(size: Size) -> Problem:
     """One image per class, from noise; their labels are fixed."""
     hidden, num_images, T = DIMENSIONS[size]
-    split = data.image_split("digits" if size == "tiny" else "mnist", num_images, num_images, 0)
+    split = data.image_split("digits" if size == "tiny" else "mnist", num_images, num_images, data.NUM_TEST[size])
     features = split.train[0].shape[1]
     apply, params = mlp([features, hidden, 10])
 
@@ -34,5 +35,5 @@ def distillation(size: Size) -> Problem:
     labels = torch.arange(10)
     return Problem(
         f"distillation, {split.title}", inner, cross_entropy(apply), params, learned, [labels] * T, split.train, Rule("sgd", 0.02, 0.9),
-        step_size=0.02, parts=(model, loss),
+        step_size=0.02, parts=(model, loss), goal=Goal(classified(apply), split.test, lr=0.03),
     )  # fmt: skip

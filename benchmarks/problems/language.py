@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.problem import Problem, Rule, Size
+from benchmarks.problem import Goal, Problem, Rule, Size
 from benchmarks.problems import data
 from benchmarks.problems.nets import gpt, token_losses
+from benchmarks.problems.scores import accuracy, f1
 from metacal._typing import Tree
 
 VOCABULARY, DOCUMENTS = 128, 30  # bytes of ASCII; ten of each kind
@@ -56,9 +57,14 @@ def reweighting(size: Size) -> Problem:
         start = torch.randint(texts.shape[1] - d.context, (d.batch, 1), generator=g)
         return texts[document[:, None], start + torch.arange(d.context + 1)], document
 
-    held_out = torch.tensor(list(data.prose()[-4 * d.batch * (d.context + 1) :])).reshape(-1, d.context + 1)
+    def scores(w: Tree, h: Tree, test: tuple[Tensor, Tensor]) -> dict[str, float]:
+        tokens, in_random_order = test
+        return {"accuracy": accuracy(apply(w, tokens[:, :-1]), tokens[:, 1:]), "f1": f1(h["logits"], in_random_order)}
+
+    unseen, held_out = torch.tensor(list(data.prose()[-8 * d.batch * (d.context + 1) :])).reshape(2, -1, d.context + 1)
     logits = {"logits": torch.zeros(DOCUMENTS)}
     batches = [batch() for _ in range(d.num_steps)]
     return Problem(
-        "data reweighting, tiny GPT", inner, outer, params, logits, batches, held_out, Rule("adam", 3e-3), step_size=0.05
+        "data reweighting, tiny GPT", inner, outer, params, logits, batches, held_out, Rule("adam", 3e-3), step_size=0.05,
+        goal=Goal(scores, (unseen, torch.arange(DOCUMENTS) >= 20), lr=0.3, restarts=False),
     )  # fmt: skip

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.problem import Problem, Rule, Size
+from benchmarks.problem import Goal, Problem, Rule, Size
 from benchmarks.problems import data
 from benchmarks.problems.nets import linear
+from benchmarks.problems.scores import classified
 from metacal._typing import Tree
 
 # Features, documents, T.
@@ -65,13 +66,14 @@ def logistic(size: Size) -> Problem:
     return Problem(
         f"logistic regression, {split.title}", lambda w, h, b: likelihood(w, h, b) + penalty(w, h), likelihood,
         _start(x, int(split.train[1].max()) + 1), h, [(x, y)] * T, (x_out, y_out), Rule("sgd", rate, 0.9), step_size=rate,
+        goal=Goal(classified(apply), (split.test[0].double(), split.test[1]), lr=0.1, restarts=False),
     )  # fmt: skip
 
 
 def _split(size: Size) -> tuple[data.Split, int]:
     features, documents, T = DIMENSIONS[size]
     if size == "tiny":
-        whole = data.image_split("digits", documents, documents // 2, 0)
+        whole = data.image_split("digits", documents, documents // 2, data.NUM_TEST[size])
         parts = ((x[:, 20 : 20 + features], y % 3) for x, y in (whole.train, whole.validation, whole.test))
         return data.Split("digits", *parts), T
     return data.newsgroups(features, documents), T

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.problem import Problem, Rule, Size
+from benchmarks.problem import Goal, Problem, Rule, Size
 from benchmarks.problems import data
 from benchmarks.problems.nets import cross_entropy, mlp
+from benchmarks.problems.scores import classified
 from metacal._typing import Tree
 
 DIMENSIONS: dict[Size, tuple[int, int, int]] = {"tiny": (8, 10, 4), "small": (64, 100, 10), "full": (256, 100, 60)}  # hidden, batch, T
@@ -29,7 +30,10 @@ def learning_rates(size: Size) -> Problem:
     rates = {"log_rates": torch.full((T,), math.log(0.05))}
     steps = [(x, y, torch.tensor(t)) for t, (x, y) in enumerate(batches)]
     outer = cross_entropy(apply)
-    return Problem(f"learning rates, {split.title}", inner, outer, params, rates, steps, split.validation, Rule("sgd", 1.0), step_size=0.5)
+    return Problem(
+        f"learning rates, {split.title}", inner, outer, params, rates, steps, split.validation, Rule("sgd", 1.0), step_size=0.5,
+        goal=Goal(classified(apply), split.test, lr=0.1),
+    )  # fmt: skip
 
 
 def augmentation(size: Size) -> Problem:
@@ -54,13 +58,13 @@ def augmentation(size: Size) -> Problem:
     strength = {"log_strength": torch.full((5,), math.log(0.1))}
     return Problem(
         f"augmentation, {split.title}", inner, cross_entropy(apply), params, strength, steps, split.validation, Rule("sgd", 0.02, 0.9),
-        step_size=0.02,
+        step_size=0.02, goal=Goal(classified(apply), split.test, lr=0.1),
     )  # fmt: skip
 
 
 def _batches(size: Size) -> tuple[data.Split, list[tuple[Tensor, Tensor]]]:
     _, batch_size, T = DIMENSIONS[size]
-    split = data.image_split("digits" if size == "tiny" else "mnist", T * batch_size, 5 * batch_size, 0)
+    split = data.image_split("digits" if size == "tiny" else "mnist", T * batch_size, 5 * batch_size, data.NUM_TEST[size])
     x, y = split.train
     g = torch.Generator().manual_seed(1)
     where = [torch.randint(len(x), (batch_size,), generator=g) for _ in range(T)]
