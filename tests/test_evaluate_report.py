@@ -98,6 +98,8 @@ def test_what_the_command_refuses(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert (status, f"`run` {tmp_path} should be the folder of a run" in err) == (1, True)
     status, _, err = call(capsys, run, "--scores", "knn", "--labels", "12")
     assert (status, "`k` should be between 1 and the" in err) == (1, True)
+    status, _, err = call(capsys, run, "--labels", "1")
+    assert (status, "`--labels` should be at least 2" in err, "got 1" in err) == (1, True, True)
 
 
 @pytest.mark.filterwarnings("ignore:`train` has collapsed")

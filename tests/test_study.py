@@ -80,7 +80,8 @@ def test_changes_go_over_settings_group_by_group() -> None:
         ({"seeds": []}, "seeds"),
         ({"split": "train"}, "split"),
         ({"seeds": 3}, "`seeds` should be a list, got 3"),
-        ({"grid": {"method": {"base": 3}}}, "axis 'method' there is 3"),
+        ({"grid": {"method": {"base": 3}}}, "axis 'method' there is {'base': 3}"),
+        ({"grid": {"method": None}}, "axis 'method' there is None"),
         ({"grid": {"method": 3}}, "axis 'method' there is 3"),
         ({"colour": "blue"}, "colour"),
     ],
@@ -235,6 +236,19 @@ def test_transfer_is_judged_without_the_set_that_was_trained_on(tmp_path: Path) 
     assert study.picture(plan, tmp_path) is None  # one method alone
     assert (record["run"], record["method"], record["seed"], record["results"]) == ("base/seed3", "base", 3, results)
     assert record["settings"]["data"] == {"name": "digits"}
+
+
+def test_the_page_names_collapsed_runs(tmp_path: Path) -> None:
+    plan = study.load_study(write(tmp_path, grid={"method": {"base": {}}}, seeds=[3, 4]))
+    for cell, collapsed in zip(study.cells(plan), (1.0, 0.0), strict=True):
+        judged = {"probe": 0.1, "collapsed": collapsed, "dimension_std": 0.25, "rank_me": 1.5}
+        results = {"scores": {"digits": judged}, "measured": {}, "seconds_per_step": 1.0, "images_per_step": 2, "steps": 3}
+        (tmp_path / cell.path).mkdir(parents=True)
+        (tmp_path / cell.path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    said = study.page(plan, tmp_path).read_text(encoding="utf-8")
+    assert "base/seed3: The encoder has collapsed on digits" in said
+    assert "base/seed4: 3 steps; linear probe % digits 10.00" in said
+    assert said.count("has collapsed") == 1
 
 
 def test_correlations_are_over_runs_with_the_places_means_taken_off(tmp_path: Path) -> None:

@@ -251,6 +251,11 @@ def test_a_metric_that_is_not_finite_stops_the_run(tmp_path: Path, value: float 
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(resumed), tree.leaves(straight), strict=True))
 
 
+def test_a_run_that_fails_at_once_says_that_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(loop.NonFiniteError, match=r"at step 0\. The run stopped; there was no checkpoint yet\. Lower the learning rates"):
+        fit(lambda state, step: (state, {"loss": float("nan")}), start(), 40, tmp_path, **quiet)
+
+
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     def step_fn(state: Momentum, step: int) -> tuple[Momentum, dict[str, Any]]:
         state, _ = noisy_step(state, step)

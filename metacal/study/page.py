@@ -90,7 +90,7 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
     drawn = [differences(study, found, reference, score) for reference in study.references for score in judged_by]
     footnotes = [
         *study.notes,
-        f"By `metacal study`. Each run's folder within {out.name} holds its config.yaml, metrics.jsonl, results.json and log.txt.",
+        f"The folder {out.name} has one folder for each run, with its config.yaml, metrics.jsonl, results.json and log.txt.",
         *collapsed,
         *(f"{cell.path}: not finished" for cell in missing),
         *(_trace(folder, results) for folder, results in by_folder.items()),

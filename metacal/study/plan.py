@@ -90,10 +90,8 @@ def load_study(path: str | Path) -> Study:
         if not isinstance(given.get(name, kind()), kind):
             raise ValueError(f"{path}: `{name}` should be a {kind.__name__}, got {given[name]!r}.")
     for axis, names in given["grid"].items():
-        wrong = None if isinstance(names, dict) else names
-        wrong = next((value for value in names.values() if not isinstance(value, dict | None)), None) if wrong is None else wrong
-        if wrong is not None:
-            raise ValueError(f"{path}: `grid` should hold {{axis: {{name: settings}}}}; on the axis '{axis}' there is {wrong!r}.")
+        if not isinstance(names, dict) or not all(isinstance(settings, dict | None) for settings in names.values()):
+            raise ValueError(f"{path}: `grid` should hold {{axis: {{name: settings}}}}; on the axis '{axis}' there is {names!r}.")
     grid = {axis: {str(name): settings or {} for name, settings in names.items()} for axis, names in given["grid"].items()}
     lists = {name: tuple(given[name]) for name in ("seeds", "references", "notes") if name in given}
     return Study(**{**given, **lists, "grid": grid})

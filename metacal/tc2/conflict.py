@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metacal import tree
+from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.tc2.losses import gram_error
 
@@ -116,7 +117,7 @@ def upgrad(gradients: Tree | list[Tree]) -> Tree:
         raise ArithmeticError("`gradients` should be finite to be projected; a task's gradient holds NaN or an infinity.")
     # torchjd takes Gram matrices of a trace below 1e-4 for zero: the weights do not depend on the scale.
     scale = G.diagonal().max()
-    return _combined(gradients, weighting(G / torch.where(scale == 0, 1.0, scale)))
+    return _combined(gradients, weighting(G / nonzero(scale)))
 
 
 def transfer_matrix(losses_before: Tensor, losses_after: Tensor) -> Tensor:
