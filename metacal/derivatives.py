@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def value_and_grad(
             grads, (value, aux_leaves) = _seen_through(torch.func.grad(scalar, has_aux=True), flat)
         return value, tree.unflatten(structure, aux_leaves), tree.unflatten(treedef, grads)
     keep_graph = attached(flat, constants)
-    with torch.enable_grad(), differentiable_attention():
+    with torch.enable_grad(), differentiable_attention() if keep_graph else nullcontext():
         flat = [_alias(x, keep_graph) for x in flat]
         value, aux = fn(*tree.unflatten(treedef, flat))
         value = _checks.scalar(name, value)
@@ -95,7 +95,7 @@ def value_and_grad(
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, flat, strict=True)]
     if not keep_graph:  # an autograd.Function may return what it saved, with the graph that hangs on it
         grads = [g.detach() for g in grads]
-    return released(value, keep_graph), released(aux, keep_graph), tree.unflatten(treedef, grads)
+    return *released((value, aux), keep_graph), tree.unflatten(treedef, grads)
 
 
 def _seen_through(transform: Callable[..., Any], *args: Any) -> Any:
@@ -130,10 +130,12 @@ def vjp(fn: Callable[..., Tree], *primals: Tree, constants: Tree = (), retain_gr
     with torch.enable_grad():
         flat = [_alias(x, keep_graph) for x in flat]
         out = fn(*tree.unflatten(treedef, flat))
+    outs = tree.leaves(out)
 
     def pullback(cotangent: Tree) -> Any:
-        create_graph = keep_graph or attached(cotangent)
-        pairs = [(y, ct) for y, ct in zip(tree.leaves(out), tree.leaves(cotangent), strict=True) if y.requires_grad]
+        cotangents = tree.leaves(cotangent)
+        create_graph = keep_graph or attached(cotangents)
+        pairs = [(y, ct) for y, ct in zip(outs, cotangents, strict=True) if y.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(flat)
         if pairs and flat:
             ys, cts = zip(*pairs, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -290,6 +291,10 @@ def run(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence
     return advance(solver, state, hparams, batches, 0, len(batches))
 
 
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""Where the sum of finite params overflows."""
+
+
 class FirstBad:
     """Finds the step after which the params first hold a NaN or an infinity, without asking the host."""
 
@@ -299,8 +304,7 @@ class FirstBad:
     def look(self, t: int, params: Tree) -> None:
         """Looks at the params after step ``t``."""
         if leaves := tree.leaves(params):
-            # In float32 at least: in float16 the sum of finite params overflows.
-            self._looked.append((t, sum(leaf.detach().sum(dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves)))
+            self._looked.append((t, reduce(torch.add, [leaf.detach().sum(dtype=_WIDER.get(leaf.dtype)) for leaf in leaves])))
 
     def step(self) -> Tensor:
         """The first bad step, or -1."""

@@ -146,7 +146,8 @@ class Preconditioner(LinearSolver):
         built = self.inverse(matvec, b)
         v = built.apply(b)
         Av = matvec(v)
-        return LinearSolution(v, relative(tree.sub(b, Av), b), count(built.num_products + 1, b), extremes(rayleigh(v, Av)[None]))
+        quotient = rayleigh(tree.ravel(v)[0], tree.ravel(Av)[0])
+        return LinearSolution(v, relative(tree.sub(b, Av), b), count(built.num_products + 1, b), extremes(quotient[None]))
 
 
 def start(A: Matvec, b: Tensor, x0: Tree | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,10 +199,10 @@ def ratio(a: Tensor, b: Tensor, valid: Tensor | None = None) -> Tensor:
     return torch.where(valid, a / torch.where(valid, b, 1.0), 0.0)
 
 
-def rayleigh(p: Tree, Ap: Tree) -> Tensor:
-    """``<p, A p> / <p, p>``, NaN for a zero p. A diagnostic: nothing is differentiated through it."""
-    p, Ap = tree.detach(p), tree.detach(Ap)
-    return tree.vdot(p, Ap) / tree.vdot(p, p)
+def rayleigh(p: Tensor, Ap: Tensor) -> Tensor:
+    """``<p, A p> / <p, p>`` of vectors, NaN for a zero p. A diagnostic: nothing is differentiated through it."""
+    p, Ap = p.detach(), Ap.detach()
+    return torch.dot(p, Ap) / torch.dot(p, p)
 
 
 def extremes(quotients: Tensor) -> Tensor:

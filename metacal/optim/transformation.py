@@ -101,7 +101,9 @@ def transformation(init: Callable[[Tree, Tensor], Any], rule: Rule) -> RuleTrans
             found = tree.axpy(*found, params) if added else tree.scale(*found)
         elif added:
             found = tree.add(params, found)
-        return _in_precision_of(params if added else updates, found), _in_precision_of(state, new_state)
+        # A 0-dim float64 hyperparameter promotes a 0-dim float32 parameter.
+        after: tuple[Tree, Any] = tree.map(_in_precision_of, (params if added else updates, state), (found, new_state))
+        return after
 
     return RuleTransformation(init_fn, update_fn)
 
@@ -111,9 +113,8 @@ def precision(values: Tree) -> torch.dtype:
     return reduce(torch.promote_types, (x.dtype for x in tree.leaves(values)), torch.float32)
 
 
-def _in_precision_of(like: Tree, value: Tree) -> Tree:
-    # A 0-dim float64 hyperparameter promotes a 0-dim float32 parameter.
-    return tree.map(lambda old, new: new.to(old.dtype), like, value)
+def _in_precision_of(like: Tensor, value: Tensor) -> Tensor:
+    return value if value.dtype == like.dtype else value.to(like.dtype)
 
 
 def at(t: Tensor, *hyperparameters: Hyperparameter) -> tuple[Any, ...]:
