@@ -93,7 +93,7 @@ def scalar(name: str, value: Any) -> Tensor:
         )
     if value.numel() != 1:
         raise ValueError(f"`{name}` should return a scalar, got a tensor of shape {tuple(value.shape)}. Reduce it: .mean() or .sum().")
-    return value.reshape(())
+    return value if value.ndim == 0 else value.reshape(())
 
 
 def pair(name: str, value: Any, what: str) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
+from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metacal import _checks, tree
@@ -127,7 +128,7 @@ def vjp(fn: Callable[..., Tree], *primals: Tree, constants: Tree = (), retain_gr
         return func_vjp(fn, *primals)
     keep_graph = attached(primals, constants)
     flat, treedef = tree.flatten(primals)
-    with torch.enable_grad():
+    with torch.enable_grad(), differentiable_attention():  # here, and not again in every step of a run
         flat = [_alias(x, keep_graph) for x in flat]
         out = fn(*tree.unflatten(treedef, flat))
     outs = tree.leaves(out)
@@ -183,7 +184,14 @@ def func_jvp(fn: Callable[..., Tree], primals: tuple[Tree, ...], tangents: tuple
 
 def differentiable_attention() -> AbstractContextManager[None]:
     """Inside, attention is computed by the mathematics backend: fused attention has neither a double backward nor forward AD."""
-    return sdpa_kernel(SDPBackend.MATH)
+    if torch.compiler.is_compiling() or _fused_attention():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+def _fused_attention() -> bool:
+    # Flags of every device, in spite of their module's name.
+    return cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
 
 
 def graph_nodes(value: Tree) -> Iterator[Node]:
