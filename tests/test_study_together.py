@@ -35,6 +35,7 @@ NEUMANN = tc2.Stage(0.05, adjoint=adjoints.Implicit(linear.Neumann(num_steps=3, 
 METHODS = {
     "base, a queue and a target": replace(changed(reading="base"), objective=objectives.MoCo(queue_size=32)),
     "tasks": changed(reading="tasks", run_tasks="loop", pairing="cross"),
+    "split": changed(reading="split"),
     "paper, the second iteration calibrated": changed(reading="paper", warmup=1),
     "lookahead, exact": changed(reading="lookahead"),
     "lookahead, a linear solver": changed(reading="lookahead", encoder_stage=NEUMANN),

@@ -742,6 +742,17 @@ def test_upgrad_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         upgrad(torch.eye(2))
 
 
+def test_without_surgery_it_is_the_mean_over_the_tasks() -> None:
+    p = problem("vicreg", calibrator=tc2.Identity())
+    method = tc2.project_conflicts(p, SGD, tree.mean)
+    state, x = method.init(), images()
+    after, metrics = take(method, state, x)
+    start = leaf_grads(state.theta)
+    loss = sum(ssl(p, start, {}, None, task) for task in torch.cat(split(x), 2)) / p.num_tasks
+    close(metrics["loss"], loss)
+    close(tree.sub(state.theta, after.theta), derivative(loss, start))
+
+
 def test_the_method_takes_any_surgery() -> None:
     p = problem("vicreg", calibrator=tc2.Identity())
     method = tc2.project_conflicts(p, SGD, lambda gradients: gradients[1])

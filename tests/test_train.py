@@ -759,6 +759,7 @@ CONTROLS: dict[str, dict[str, Any]] = {  # of the paper's list; the packaged con
     "pca": {"tc2.calibrator": PCA(n_f=32)},
     "pcgrad": {"tc2.reading": "pcgrad"},
     "upgrad": {"tc2.reading": "upgrad"},
+    "split": {"tc2.reading": "split"},
     "matched_seconds": {"tc2.reading": "matched", "tc2.budget": "seconds"},
     "lookahead": {"tc2.reading": "lookahead"},
     "clusters": {"tc2.tasks": train_config.Clusters()},

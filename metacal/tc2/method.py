@@ -82,7 +82,8 @@ def project_conflicts(problem: Problem, optimizer: GradientTransformation, surge
     """K tasks whose conflicting gradients are combined by surgery instead of calibrated (control 8).
 
     Args:
-        surgery: from the K tasks' gradients to one: :func:`metacal.tc2.conflict.pcgrad` or :func:`metacal.tc2.conflict.upgrad`.
+        surgery: from the K tasks' gradients to one: :func:`metacal.tc2.conflict.pcgrad`, :func:`metacal.tc2.conflict.upgrad`, or
+            none, ``metacal.tree.mean``: what splitting alone does.
     """
     plain, nothing = replace(problem, calibrator=Identity()), torch.zeros(())
 

@@ -63,6 +63,9 @@ def build(config: Config, channels: int, adapt: Callable[[Network], Network] = l
     return problem, training_method(config, problem)
 
 
+_SURGERY: dict[str, Callable[[list[Tree]], Tree]] = {"split": tree.mean, "pcgrad": pcgrad, "upgrad": upgrad}
+
+
 def training_method(config: Config, problem: Problem) -> Method:
     """How a configuration trains a problem."""
     c = config.tc2
@@ -70,8 +73,8 @@ def training_method(config: Config, problem: Problem) -> Method:
     calibration = stable(c.lambda_s, c.lambda_1) if c.form == "stable" else literal(c.lambda_s)
     if c.reading in ("base", "matched"):
         return base(problem, outer)
-    if c.reading in ("pcgrad", "upgrad"):
-        return project_conflicts(problem, outer, pcgrad if c.reading == "pcgrad" else upgrad)
+    if c.reading in _SURGERY:
+        return project_conflicts(problem, outer, _SURGERY[c.reading])
     if c.reading == "lookahead":
         stages: dict[str, Any] = {"calibration": calibration, "encoder_stage": c.encoder_stage, "warmup": c.warmup}
         return lookahead(problem, outer, calibrator_outer, **stages)

@@ -9,7 +9,7 @@ from metacal.data import Augmentation
 from metacal.objectives import SimCLR, SSLObjective
 from metacal.tc2 import Calibrator, Networks, Stage
 
-Reading = Literal["base", "matched", "tasks", "paper", "lookahead", "pcgrad", "upgrad"]
+Reading = Literal["base", "matched", "split", "tasks", "paper", "lookahead", "pcgrad", "upgrad"]
 SetName = Literal["digits", "mnist", "fashion_mnist", "omniglot", "cifar10", "cifar100"]
 
 
@@ -126,7 +126,7 @@ class TC2Config:
     Args:
         reading: "paper" and "lookahead" are TC² in its two readings; "base" is the SSL objective on the whole batch,
             "matched" the same for as many iterations as cost what "paper" costs, "tasks" splits into tasks without calibration,
-            "pcgrad" and "upgrad" project conflicting gradients instead.
+            "pcgrad" and "upgrad" project conflicting gradients instead, "split" takes the mean of the tasks' gradients as it is.
         budget: what "matched" matches: encoder passes, or seconds as a short run of both measures them before training.
         num_tasks: K; the batch size should be divisible by it.
         tasks: what a task is: Random, Clusters, Domains, Augmentations or Objectives, with their settings.
