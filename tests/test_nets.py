@@ -176,9 +176,12 @@ def test_bad_sizes_are_named():
         nets.ViT(1, dim=8, depth=1, heads=2)(torch.zeros(2, 1, 10, 8))
     with pytest.raises(ValueError, match=r"`visible` should be a share of the patches, in \(0, 1\), got 1.0"):
         nets.MaskedAutoencoder(nets.ViT(1, dim=8, depth=1, heads=2), visible=1.0)
+    with pytest.raises(ValueError, match=r"`dim` should be a multiple of 4 \(positions\) and of heads = 3, got 8"):
+        nets.MaskedDecoder(8, 16, dim=8)
     small = nets.MaskedAutoencoder(nets.ViT(1, dim=8, depth=1, heads=2), 1, visible=0.1, dim=8, heads=2)
-    with pytest.raises(ValueError, match=r"shows 0 of 4"):
-        small(torch.zeros(1, 1, 8, 8), nets.random_order(1, patches=4))
+    with pytest.raises(ValueError, match=r"`x` should be images of at least 2 patches, one to see and one to predict, got 1"):
+        small(torch.zeros(1, 1, 4, 4), nets.random_order(1, patches=1))
+    assert small(torch.zeros(1, 1, 8, 8), nets.random_order(1, patches=4)).tokens.shape == (1, 1, 8)  # at least one
 
 
 # --- prototypes and transformers ---------------------------------------------------------------------------------------

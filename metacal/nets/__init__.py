@@ -1,6 +1,7 @@
 """Encoders and heads that stay pure functions under torch.func: no dropout, nothing written in place."""
 
 from metacal.nets.autoencoder import MaskedAutoencoder as MaskedAutoencoder
+from metacal.nets.autoencoder import MaskedDecoder as MaskedDecoder
 from metacal.nets.autoencoder import Reconstruction as Reconstruction
 from metacal.nets.autoencoder import random_order as random_order
 from metacal.nets.conv import ConvEncoder as ConvEncoder

@@ -16,6 +16,9 @@ class ViT(nn.Module):
     million parameters; a 32 x 32 image makes 64 patches and costs 0.36 billion multiplications forward. No image sees another
     and nothing is drawn or carried: the same function alone, in a batch and under ``torch.func`` transforms.
 
+    Given the numbers of some patches [..., visible] beside the images it sees these alone, and returns their tokens
+    [..., visible, dim] in place of the mean.
+
     Attention is written out, softmax(q k^T / sqrt(d)) v, because torch's fused one has neither a double backward nor a forward-mode
     derivative. At 64 patches its [patches, patches] weights are small.
 
@@ -47,13 +50,15 @@ class ViT(nn.Module):
             raise ValueError("`in_channels`, `patch`, `dim`, `depth`, `heads` and `mlp_ratio` should be positive.")
         if dim % 4 or dim % heads:
             raise ValueError(f"`dim` should be a multiple of 4 (positions) and of heads = {heads}, got {dim}.")
-        self.patch, self.dim = patch, dim
+        self.in_channels, self.patch, self.dim = in_channels, patch, dim
         self.embed = nn.Linear(in_channels * patch**2, dim)
         self.blocks = nn.Sequential(*(Block(dim, heads, mlp_ratio) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.encode(self.tokens(x)).mean(-2)
+    def forward(self, x: Tensor, shown: Tensor | None = None) -> Tensor:
+        if shown is None:
+            return self.encode(self.tokens(x)).mean(-2)
+        return self.encode(pick(self.tokens(x), shown))
 
     def tokens(self, x: Tensor) -> Tensor:
         """Embedded patches with their positions: [..., C, H, W] -> [..., patches, dim]."""
@@ -101,6 +106,11 @@ def patches(x: Tensor, patch: int) -> Tensor:
         raise ValueError(f"`x` should be images that patches of {patch} x {patch} tile, got {tuple(x.shape)}. Pad or crop them.")
     cut = x.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [..., C, h, patch, w, patch]
     return cut.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
+
+
+def pick(tokens: Tensor, order: Tensor) -> Tensor:
+    """tokens[..., order, :]."""
+    return tokens.gather(-2, order[..., None].expand(*order.shape, tokens.shape[-1]))
 
 
 def positions(h: int, w: int, dim: int) -> Tensor:
