@@ -814,6 +814,7 @@ def test_divisors_are_not_zero(cls, name):
         (lambda: DINO()(random_outputs()), r"`carry` should hold 'centre'.*got \(\)"),
         (lambda: DINO()(random_outputs(), DINO().init_carry(5)), r"`carry\['centre'\]` should end in the d = 4.*\(5,\)"),
         (lambda: MoCo()(Outputs(random_outputs().z), MoCo().init_carry(4)), r"`outputs.target` should be a tensor.*got None"),
+        (lambda: MAE(visible=1.0), r"`visible` should be a share of the patches, in \(0, 1\), got 1.0"),
         (lambda: MAE()(Outputs(torch.zeros(2, 1, 3))), r"`outputs.p` should have shape \[n, m, masked patches, P\].*got None"),
         (lambda: MAE()(random_outputs()), r"`outputs.p` should have shape .*got \(5, 3, 4\).*MaskedAutoencoder"),
     ],

@@ -197,6 +197,7 @@ REFUSED = {
     "upgrad": changed(reading="upgrad"),
     "seconds": changed(reading="matched", budget="seconds"),
     "SIGReg": replace(SMALL, objective=objectives.SIGReg()),
+    "MAE": replace(SMALL, objective=objectives.MAE()),
 }
 
 

@@ -13,7 +13,8 @@ from metacal._typing import Tree
 class Outputs(NamedTuple):
     """What the networks make of m views of n samples; a field that the method does not have is None.
 
-    Shapes: z and target are [n, m, d]; p is [n, m, d], or [n, m, k] from k prototypes.
+    Shapes: z and target are [n, m, d]; p is [n, m, d], or [n, m, k] from k prototypes. Of a masked autoencoder z is the tokens,
+    [n, m, visible, d], p and target are pixels, [n, m, masked, P].
     """
 
     z: Tensor
@@ -41,6 +42,8 @@ class SSLObjective(ABC):
     """Whether ``outputs.target`` is read: a moving average of encoder and projector, see :func:`metacal.objectives.ema`."""
     num_prototypes: int
     """How many prototypes the head "prototypes" has; only where ``heads`` names it."""
+    visible: float
+    """The share of patches that the encoder sees; only where ``heads`` names a "decoder"."""
 
     @abstractmethod
     def __call__(self, outputs: Outputs, carry: Tree = ()) -> Tensor:

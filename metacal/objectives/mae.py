@@ -22,20 +22,22 @@ class MAE(SSLObjective):
         |p - (t - mean(t)) / sqrt(var(t) + eps)|^2 / P              (normalise; var has the divisor P - 1)
         |p - t|^2 / P                                               (normalise=False)
 
-    averaged over samples, views (other masks of the same image) and masked patches. :class:`metacal.nets.MaskedAutoencoder`
-    makes p and t; what TC² calibrates are its encoder's tokens. The pixels are constants in derivatives of every order.
+    averaged over samples, views (other masks of the same image) and masked patches. :func:`metacal.tc2.network` of a
+    :class:`metacal.nets.ViT`, or :class:`metacal.nets.MaskedAutoencoder` by hand, makes p and t; what TC² calibrates are the
+    encoder's tokens. The pixels are constants in derivatives of every order.
 
-    Not estimated: nothing compares views, so m = 1 will do. The network behind it is not one of the heads that runs from a
-    configuration build.
+    Not estimated: nothing compares views, so m = 1 will do.
 
     Shapes: reads ``p`` and ``target`` [n, m, masked patches, P]; ``z`` may be anything. Cost: one pass over the pixels.
 
     Args:
         normalise: every patch by its own mean and variance, which the paper reports as the better target.
         eps: > 0; keeps a patch of one colour finite.
+        visible: the share of patches that the encoder sees, in (0, 1), for whoever builds the network; the paper has a quarter.
 
     Errors:
-        ValueError: p or target is missing, differs from the other in shape, or is no [n, m, patches, P] with P >= 2.
+        ValueError: an eps that is not positive, a share that is none; p or target is missing, differs from the other in shape, or
+            is no [n, m, patches, P] with P >= 2.
 
     Source: He et al. 2022, arXiv 2111.06377.
 
@@ -51,9 +53,12 @@ class MAE(SSLObjective):
 
     normalise: bool = True
     eps: float = 1e-6
+    visible: float = 0.25
 
     def __post_init__(self) -> None:
         weight("eps", self.eps, positive=True)
+        if not 0 < self.visible < 1:
+            raise ValueError(f"`visible` should be a share of the patches, in (0, 1), got {self.visible!r}.")
 
     def __call__(self, outputs: Outputs, carry: Tree = ()) -> Tensor:
         p = _patches("p", outputs.p)

@@ -80,6 +80,8 @@ def refuse(config: Config) -> None:
         reason = "the budget `seconds` measures another number of steps for every run (`passes` does not)"
     elif isinstance(config.objective, SIGReg):
         reason = "the objective SIGReg draws directions within an iteration"
+    elif "decoder" in config.objective.heads:
+        reason = f"the objective {type(config.objective).__name__} draws masks within an iteration"
     if reason:
         raise ValueError(f"`together` cannot be had here: {reason}. Set it to false: every seed is then a process of its own.")
 

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from metacal import tree
 from metacal._typing import Tree
 from metacal.modules import Functional, functional
-from metacal.nets import MLP, Prototypes
+from metacal.nets import MLP, MaskedDecoder, Prototypes, ViT
+from metacal.nets.autoencoder import num_visible, with_mask, without_mask
 from metacal.nets.fit import images_fit
+from metacal.nets.vit import patches, pick
 from metacal.objectives import SSLObjective
 
 
 class Network(NamedTuple):
     """f_theta in parts; theta is ``{"encoder": ..., "projector": ..., "predictor" or "prototypes": ...}``.
+
+    A masked autoencoder's is ``{"encoder": ..., "decoder": ...}``. Of images with a mask its ``encode`` makes the tokens of the visible
+    patches, [..., visible, dim], and these are h and z; of images without one it makes what downstream users get.
 
     Attributes:
         params: theta at the start.
@@ -26,6 +31,8 @@ class Network(NamedTuple):
             where the objective has neither.
         write: ``write(theta)`` puts trained values into the modules it was made of.
         dim, d: sizes of h and z.
+        mask: ``x -> [..., C + 1, H, W]``, draws a mask as one more channel; None where there is no decoder.
+        decode: ``(theta, z, x with its mask) -> (p, target)``, predicted and true pixels [..., masked, P]; None likewise.
     """
 
     params: Tree
@@ -35,6 +42,8 @@ class Network(NamedTuple):
     write: Callable[[Tree], None]
     dim: int
     d: int
+    mask: Callable[[Tensor], Tensor] | None = None
+    decode: Callable[[Tree, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def network(
@@ -51,17 +60,21 @@ def network(
     Args:
         encoder: any module, images [..., C, H, W] or [b, C, H, W] to [.., dim]; BatchNorm in it uses the statistics of the batch.
         dim: size of the encoder's output.
-        d, hidden: sizes of the projection and of the heads' hidden layers. Prototypes have no hidden layer.
+        d, hidden: sizes of the projection and of the heads' hidden layers. Prototypes have no hidden layer. A masked autoencoder has
+            no projection, and a decoder of width ``hidden``, a multiple of 4, with 2 blocks.
         norm: of the heads' hidden layers. "batch" normalises over the samples and views of the task at hand.
 
     Errors:
-        ValueError: a head of the objective is none of projector, predictor and prototypes.
+        ValueError: a head of the objective is none of projector, predictor and prototypes, nor a decoder alone; a decoder for
+            another encoder than a :class:`metacal.nets.ViT` of ``dim``, or of a width that will not do.
 
     >>> from metacal import nets, objectives
     >>> net = network(nets.ConvEncoder(width=8, dim=16), objectives.SimSiam(), dim=16, d=8)
     >>> sorted(net.params)
     ['encoder', 'predictor', 'projector']
     """
+    if objective.heads == ("decoder",):
+        return _autoencoder(encoder, objective.visible, dim, hidden)
     heads = {
         "projector": lambda: MLP([dim, hidden, d], norm=norm),
         "predictor": lambda: MLP([d, max(d // 2, 1), d], norm=norm),
@@ -70,8 +83,8 @@ def network(
     first, *after = objective.heads
     if first != "projector" or len(after) > 1 or not heads.keys() >= set(objective.heads):
         raise ValueError(
-            f"`objective` should have the heads projector and at most one of predictor and prototypes, got {objective.heads}. Build "
-            "the network of another objective by hand (a masked autoencoder: metacal.nets.MaskedAutoencoder)."
+            "`objective` should have the heads projector and at most one of predictor and prototypes, or a decoder alone, got "
+            f"{objective.heads}. Build the network of another objective by hand, as a metacal.tc2.Network."
         )
     parts: dict[str, Functional] = {"encoder": functional(encoder, batch_norm="batch")}
     for head in objective.heads:
@@ -85,9 +98,45 @@ def network(
         with images_fit(x):
             return parts["encoder"].apply(theta["encoder"], flat).reshape(*x.shape[:-3], dim)
 
+    return Network(_params(parts), encode, apply("projector"), apply(after[0]) if after else None, _write(parts), dim, d)
+
+
+def _autoencoder(vit: nn.Module, visible: float, dim: int, hidden: int) -> Network:
+    if not isinstance(vit, ViT) or vit.dim != dim:
+        got = f"{type(vit).__name__} of dim = {getattr(vit, 'dim', None)}"
+        raise ValueError(f"`encoder` should be a metacal.nets.ViT of dim = {dim} where the objective has a decoder, got {got}.")
+    if hidden % 4:
+        raise ValueError(f"`hidden` should be a multiple of 4, as the width of a decoder with 4 heads, got {hidden}.")
+    decoder = MaskedDecoder(dim, vit.in_channels * vit.patch**2, hidden, heads=4)
+    parts = {"encoder": functional(vit), "decoder": functional(decoder)}
+
+    def encode(theta: Tree, x: Tensor) -> Tensor:
+        shown = None
+        if x.shape[-3] == vit.in_channels + 1:
+            x, order = without_mask(x, vit.patch)
+            shown = order[..., : num_visible(visible, order.shape[-1])]
+        with images_fit(x):
+            encoded: Tensor = parts["encoder"].apply(theta["encoder"], x, shown)
+        return encoded
+
+    def decode(theta: Tree, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, order = without_mask(x, vit.patch)
+        grid = (x.shape[-2] // vit.patch, x.shape[-1] // vit.patch)
+        return parts["decoder"].apply(theta["decoder"], z, order, grid), pick(patches(x, vit.patch), order[..., z.shape[-2] :])
+
+    def mask(x: Tensor) -> Tensor:
+        return with_mask(x, vit.patch, visible)
+
+    return Network(_params(parts), encode, lambda theta, h: h, None, _write(parts), dim, dim, mask, decode)
+
+
+def _params(parts: dict[str, Functional]) -> Tree:
+    return {name: tree.clone(part.params) for name, part in parts.items()}
+
+
+def _write(parts: dict[str, Functional]) -> Callable[[Tree], None]:
     def write(theta: Tree) -> None:
         for name, part in parts.items():
             part.write(theta[name])
 
-    params = {name: tree.clone(part.params) for name, part in parts.items()}
-    return Network(params, encode, apply("projector"), apply(after[0]) if after else None, write, dim, d)
+    return write

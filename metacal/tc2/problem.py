@@ -21,7 +21,8 @@ class Views(NamedTuple):
 
     Attributes:
         x: [..., n, m, C, H, W].
-        target: what the EMA target network makes of them, [..., n, m, d]; ``()`` where the objective has no target.
+        target: what the EMA target network makes of them, [..., n, m, d]; where the network has a decoder the images themselves, with
+            their masks; ``()`` where the objective has no target.
         task: the task's number, an integer [...]; ``()`` where all tasks have one objective.
 
     Where the heads' statistics are the whole batch's, the other tasks' samples follow the task's own: N in place of n.
@@ -50,7 +51,7 @@ class PerTask(SSLObjective):
 
     Args:
         objectives: of task 0, 1, ...; objectives with a carry (a queue, a centre) are refused, and so are heads of prototypes that
-            differ in their number.
+            differ in their number and masks that differ in their share.
 
     >>> from metacal import objectives
     >>> mixed = PerTask((objectives.SimCLR(), objectives.BYOL()))
@@ -66,14 +67,15 @@ class PerTask(SSLObjective):
         carrying = [type(objective).__name__ for objective in self.objectives if tree.leaves(objective.init_carry(1))]
         if carrying:
             raise ValueError(f"`objectives` should have no carry (a queue or a centre), which tasks would share; {carrying} have one.")
-        prototypes = {objective.num_prototypes for objective in self.objectives if "prototypes" in objective.heads}
-        if len(prototypes) > 1:
-            raise ValueError(f"`objectives` should agree on `num_prototypes`, as they share that head; got {sorted(prototypes)}.")
         set_once = object.__setattr__  # the dataclass is frozen; these follow from its field
+        for head, name in (("prototypes", "num_prototypes"), ("decoder", "visible")):
+            settings = {getattr(objective, name) for objective in self.objectives if head in objective.heads}
+            if len(settings) > 1:
+                raise ValueError(f"`objectives` should agree on `{name}`, as they share that head; got {sorted(settings)}.")
+            for setting in settings:
+                set_once(self, name, setting)
         set_once(self, "heads", tuple(dict.fromkeys(head for objective in self.objectives for head in objective.heads)))
         set_once(self, "ema_target", any(objective.ema_target for objective in self.objectives))
-        for number in prototypes:
-            set_once(self, "num_prototypes", number)
 
     def __call__(self, outputs: Outputs, carry: Tree = ()) -> Tensor:
         """The loss of task ``carry``, an integer tensor; of all tasks together where it is ``()``."""
@@ -87,7 +89,8 @@ class Problem:
 
     Args:
         objective: of all tasks, or :class:`PerTask`.
-        where: what is calibrated, the projector's output z or the encoder's output h (then the projector reads h~) [O].
+        where: what is calibrated, the projector's output z or the encoder's output h (then the projector reads h~) [O]. A masked
+            autoencoder has no projector: both are its encoder's tokens, each a representation.
         num_tasks: K; 4 is reported best [S].
         split_by: how a task becomes support and query: half of its views, or half of its samples [O].
         momentum: tau of the EMA target network (BYOL, MoCo, DINO).
@@ -156,7 +159,7 @@ class Problem:
         outputs = []
         for k in range(len(seen.x)):
             task: Views = tree.index(seen, k)
-            r = self.represent(theta, task.x) if isinstance(task.target, tuple) else task.target
+            r = self.represent(theta, task.x) if isinstance(task.target, tuple) or not self.objective.ema_target else task.target
             outputs.append(tree.detach(self._outputs(theta, phi, V, task._replace(x=r))))
         return self.objective.update(tree.map(lambda *fields: torch.cat(fields), *outputs), self.carry)
 
@@ -164,8 +167,12 @@ class Problem:
         r, target, _ = represented
         z = self._finish(theta, self.calibrator.calibrate(phi, r, V))
         p = None if self.network.predict is None else self.network.predict(theta, z)
-        fixed = None if isinstance(target, tuple) else self._finish(theta, self.calibrator.calibrate(phi, target, V)).detach()
-        outputs = Outputs(z, p, fixed)
+        if isinstance(target, tuple):
+            outputs = Outputs(z, p)
+        elif self.network.decode is not None:
+            outputs = Outputs(z, *self.network.decode(theta, z, target))
+        else:
+            outputs = Outputs(z, p, self._finish(theta, self.calibrator.calibrate(phi, target, V)).detach())
         if self.statistics == "batch":  # the task's own samples are the first
             outputs = tree.map(lambda out: out[: len(out) // self.num_tasks], outputs)
         return outputs
@@ -195,10 +202,11 @@ class Problem:
 
     def whole(self, x: Tensor, target: Tree) -> Views:
         """Tasks [K, n, m, C, H, W] with all that their losses read."""
+        x = self._masked(x)
         if self.statistics == "batch":
             x = self._with_the_others(x)
-        fixed = self.represent_tasks(target, x).detach() if tree.leaves(target) else ()
-        return Views(x, fixed, torch.arange(self.num_tasks, device=x.device) if isinstance(self.objective, PerTask) else ())
+        views = self._with_target(x, target, self.represent_tasks)
+        return views._replace(task=torch.arange(self.num_tasks, device=x.device)) if isinstance(self.objective, PerTask) else views
 
     def _with_the_others(self, samples: Tensor) -> Tensor:
         """[K, n, ...] -> [K, K n, ...]: behind a task's samples those of the others, in a circle."""
@@ -207,7 +215,16 @@ class Problem:
     def together(self, views: Tensor, target: Tree) -> Views:
         """Images [N, m, C, H, W] as one task, with the target network's outputs."""
         _check_views(views)
-        return Views(views, self.represent(target, views).detach() if tree.leaves(target) else ())
+        return self._with_target(self._masked(views), target, self.represent)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        """Masks are drawn here, where a batch is made, so that all stages, adjoints and replays of an iteration see the same ones."""
+        return x if self.network.mask is None else self.network.mask(x)
+
+    def _with_target(self, x: Tensor, target: Tree, represent: Callable[[Tree, Tensor], Tensor]) -> Views:
+        if self.network.decode is not None:
+            return Views(x, x)
+        return Views(x, represent(target, x).detach() if tree.leaves(target) else ())
 
 
 def _check_views(views: Tensor) -> None:
