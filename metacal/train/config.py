@@ -103,8 +103,8 @@ class NetworkConfig:
         dim: size of the representation that downstream users get; 512 for resnet18, a multiple of 12 for vit (192 is ViT-Tiny's).
         stem_stride: conv's first stride; 1 for 8 x 8 images.
         depth: blocks of vit.
-        d: size of the projection.
-        hidden: width of the heads.
+        d: size of the projection, which a masked autoencoder does not have.
+        hidden: width of the heads; of a decoder too, then a multiple of 4.
         norm: of the heads' hidden layers: "batch" (statistics of the task at hand), "shared" (statistics of all tasks of the batch),
             "layer" (no statistics of other samples: GroupNorm with one group) or null.
     """
