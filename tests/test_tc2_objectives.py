@@ -127,7 +127,7 @@ def test_tasks_may_share_one_head_of_prototypes() -> None:
 
 @pytest.mark.parametrize("others", [(objectives.SimCLR(), MAE()), (MAE(), objectives.SimCLR())])
 def test_heads_that_nobody_builds_are_refused(others: tuple[SSLObjective, ...]) -> None:
-    with pytest.raises(ValueError, match=r"`objective` should have the heads projector.*or a decoder alone, got \(.*'decoder'.*by hand"):
+    with pytest.raises(ValueError, match=r"`objective` should have the heads projector.*or a decoder alone.*got \(.*'decoder'.*by hand"):
         problem(tc2.PerTask(others))
 
 
@@ -354,6 +354,13 @@ def test_masked_autoencoders_of_another_kind_are_refused() -> None:
         tc2.network(encoder, MAE(), dim=16)
     with pytest.raises(ValueError, match=r"`hidden` should be a multiple of 4, as the width of a decoder with 4 heads, got 10"):
         tc2.network(encoder, MAE(), dim=12, hidden=10)
+
+    @dataclass(frozen=True)
+    class WithTarget(Recording):
+        ema_target: ClassVar[bool] = True
+
+    with pytest.raises(ValueError, match=r"or a decoder alone and no EMA target, got \('decoder',\), ema_target=True"):
+        tc2.network(encoder, WithTarget(), dim=12)
     method = tc2.base(tc2.Problem(tc2.network(encoder, MAE(), dim=12), MAE()), optim.sgd(0.1))
     with pytest.raises(ValueError, match=r"`x` should be images of at least 2 patches.*got 1. Resize"):
         method.step(method.init(), torch.rand(8, 2, 1, 4, 4))

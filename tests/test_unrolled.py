@@ -252,6 +252,10 @@ def test_attention(name: str) -> None:
         warnings.simplefilter("error")  # no second-order product may take the long way
         for adjoint in (adjoints.Unrolled(), adjoints.Unrolled("graph"), adjoints.Unrolled("auto")):
             close(run(adjoint, h).hparams, truth)
+        torch.manual_seed(2)
+        learned = h.clone().requires_grad_()
+        solved = metacal.solve(metacal.descent(inner, optim.sgd(0.05)), params, learned, [x] * 3, adjoints.Unrolled("graph"))
+        close(torch.autograd.grad(outer(solved, learned, x), learned)[0], truth)
         d = torch.cos(torch.arange(8, dtype=F64))
         there, back = (run(adjoints.Unrolled(), h + s * 1e-4 * d).value for s in (1, -1))
         close((truth @ d), (there - back) / 2e-4, 1e-6)

@@ -73,7 +73,7 @@ def network(
     >>> sorted(net.params)
     ['encoder', 'predictor', 'projector']
     """
-    if objective.heads == ("decoder",):
+    if objective.heads == ("decoder",) and not objective.ema_target:
         return _autoencoder(encoder, objective.visible, dim, hidden)
     heads = {
         "projector": lambda: MLP([dim, hidden, d], norm=norm),
@@ -83,8 +83,9 @@ def network(
     first, *after = objective.heads
     if first != "projector" or len(after) > 1 or not heads.keys() >= set(objective.heads):
         raise ValueError(
-            "`objective` should have the heads projector and at most one of predictor and prototypes, or a decoder alone, got "
-            f"{objective.heads}. Build the network of another objective by hand, as a metacal.tc2.Network."
+            "`objective` should have the heads projector and at most one of predictor and prototypes, or a decoder alone and no EMA "
+            f"target, got {objective.heads}, ema_target={objective.ema_target}. Build the network of another objective by hand, as a "
+            "metacal.tc2.Network."
         )
     parts: dict[str, Functional] = {"encoder": functional(encoder, batch_norm="batch")}
     for head in objective.heads:
