@@ -82,23 +82,20 @@ def run(size: Size, only: list[str], device: torch.device, *, every: bool = Fals
         "scaling": lambda: scaling.scaling(methods, size, device),
         "tasks": lambda: few_shot_tasks.throughput(NUM_TASKS[size], methods, size, device, rounds=ROUNDS[size]),
         "tc2": lambda: _tc2_steps(size, device),
-        "courses": lambda: _courses(suite, methods, size, device),
     }
     for part, rows in parts.items():
         if not only or part in only:
             yield from _shown(part, ({"table": part, **row} for row in rows()))
+    if not only or "courses" in only:
+        for key in suite:
+            problem = _made(key, size, device)
+            if problem.goal is not None:
+                yield from _shown(f"{key}, from start to end", ({"table": "courses", **row} for row in courses(problem, methods, size)))
 
 
 def _measured(key: str, methods: list[Method], size: Size, device: torch.device) -> Iterator[Row]:
     wanted = filter(PROBLEMS[key].asks, methods)
     return measure(_made(key, size, device), wanted, rounds=ROUNDS[size], budget=BUDGETS[size])
-
-
-def _courses(suite: list[str], methods: list[Method], size: Size, device: torch.device) -> Iterator[Row]:
-    for key in suite:
-        problem = _made(key, size, device)
-        if problem.goal is not None:
-            yield from courses(problem, methods, size)
 
 
 def _made(key: str, size: Size, device: torch.device) -> Problem:
@@ -122,11 +119,13 @@ def _shown(title: str, rows: Iterator[Row]) -> Iterator[Row]:
         kept.append(row)
         yield row
     print(f"\n{title} ({time.perf_counter() - began:.0f} s)\n")
-    if title == "courses":
-        kept = list({(row["problem"], row["method"]): row for row in kept}.values())
-    print(report.printed(kept), flush=True)
-    if kept and kept[0]["table"] == "hypergradients":
-        print("\n" + report.conclusion(kept), flush=True)
+    what = kept[0]["table"] if kept else None
+    print(report.printed(report.ends(kept) if what == "courses" else kept), flush=True)
+    if what in _CONCLUSIONS:
+        print("\n" + _CONCLUSIONS[what](kept), flush=True)
+
+
+_CONCLUSIONS = {"hypergradients": report.conclusion, "courses": report.course_conclusion}
 
 
 def _environment(device: torch.device) -> Row:

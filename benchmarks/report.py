@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,28 @@ def conclusion(rows: Sequence[Row]) -> str:
     return " ".join(said)
 
 
+def ends(rows: Iterable[Row]) -> list[Row]:
+    """Of every course the last row."""
+    return list({(row["problem"], row["method"]): row for row in rows}.values())
+
+
+NEAR_BEST = 0.005  # of accuracy: less than what another draw of the test data would change
+
+
+def course_conclusion(rows: Sequence[Row]) -> str:
+    """Who learned most on one whole problem, and who came near that first."""
+    learned = [row for row in rows if row.get("accuracy") is not None and row["outer_step"]]
+    if not learned:
+        return "Nothing ran."
+    best = max(ends(learned), key=lambda row: (row["accuracy"], -row["seconds"]))
+    first = min((row for row in learned if row["accuracy"] >= best["accuracy"] - NEAR_BEST), key=lambda row: row["seconds"])
+    before = next((f" ({100 * row['accuracy']:.1f}% before)" for row in rows if row["library"] == "none"), "")
+    return (
+        f"{_who(best)} ends highest, at {100 * best['accuracy']:.1f}%{before} after {best['seconds']:.3g} s; {_who(first)} was the first "
+        f"within half a point of that, after {first['seconds']:.3g} s."
+    )
+
+
 def _who(row: Row) -> str:
     return f"{row['method']} ({row['library']})" if row["library"] == "metacal" else str(row["method"])
 
@@ -170,7 +192,6 @@ def _target_line(outcome: Any) -> dict[str, Cell]:
 
 
 def _last_points(results: Results) -> list[dict[str, Cell]]:
-    last: dict[tuple[str, str], Row] = {(row["problem"], row["method"]): row for row in table(results, "courses")}
     return [
         {
             "problem": row["problem"], "method": row["method"], "library": row["library"], "outer steps": row.get("outer_step"),
@@ -179,7 +200,7 @@ def _last_points(results: Results) -> list[dict[str, Cell]]:
             "accuracy %": None if row.get("accuracy") is None else round(100 * row["accuracy"], 2), "F1": row.get("f1"),
             "remark": row.get("unsupported") or row.get("failed") or "",
         }
-        for row in last.values()
+        for row in ends(table(results, "courses"))
     ]  # fmt: skip
 
 
@@ -305,7 +326,7 @@ def _courses(results: Results) -> list[tuple[str, str, Figure]]:
     rows = table(results, "courses")
     by_problem = {name: [row for row in rows if row["problem"] == name] for name in dict.fromkeys(row["problem"] for row in rows)}
     note = "Full lines and discs: this library. Right: the end of the courses; those of equal hypergradients end in one place."
-    return [(name, note, _course_figure(of_it)) for name, of_it in by_problem.items()]
+    return [(name, f"{course_conclusion(of_it)} {note}", _course_figure(of_it)) for name, of_it in by_problem.items()]
 
 
 def _course_figure(rows: Sequence[Row]) -> Figure:

@@ -340,7 +340,10 @@ def test_a_learner_is_adam_on_hypergradients(key: str) -> None:
 
 def test_a_warm_start_goes_on() -> None:
     """From where the last steps ended, along the batches in a circle: five of them, and ten steps."""
-    p = replace(tiny("cleaning-mnist-50-samples"), rule=Rule("sgd", 0.1))  # momentum would be carried on, too
+    p = tiny("logistic")
+    x, y = p.batches[0]
+    batches = [(x[i::5], y[i::5]) for i in range(5)]
+    p = replace(p, batches=batches, rule=Rule("sgd", 0.1))  # momentum would be carried on, too
     assert p.goal is not None
     steps = courses.warm(courses.Unrolled(mode="graph"))(p, p.goal)
     found = [next(steps) for _ in range(3)][-1]
@@ -403,6 +406,30 @@ def test_what_the_small_suite_leaves_out(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {key for key, _ in every} == set(PROBLEMS)
     assert {key for key, _ in measured("small", ["logistic"])} == {"logistic"}
     assert measured("tiny", ["hypergradients"]) == every
+
+
+def test_whole_problems_are_those_with_a_goal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def started(problem: Problem, methods: Any, size: Any) -> Any:
+        for step, accuracy in ((1, 0.25), (2, 0.5)):
+            yield {
+                "problem": problem.name,
+                "method": "graph",
+                "library": "metacal",
+                "outer_step": step,
+                "seconds": 0.5,
+                "accuracy": accuracy,
+            }
+
+    monkeypatch.setattr(suite, "courses", started)
+    rows = [row for row in suite.run("small", ["courses"], torch.device("cpu")) if row["table"] == "courses"]
+    small = ("cleaning-mnist-50-samples", "distillation", "learning-rates")
+    assert [row["problem"] for row in rows] == [PROBLEMS[key].make("small").name for key in small for _ in range(2)]
+    printed = capsys.readouterr().out
+    assert all(f"{key}, from start to end" in printed for key in small)
+    assert printed.count("graph (metacal) ends highest, at 50.0%") == 3
+    every = suite.run("small", ["courses"], torch.device("cpu"), every=True)
+    names = {row["problem"] for row in every if row["table"] == "courses"}
+    assert names == {p.name for p in (row.make("small") for row in PROBLEMS.values()) if p.goal is not None}
 
 
 def fabricated() -> list[dict[str, Any]]:
@@ -499,6 +526,18 @@ def test_the_conclusion_is_what_the_numbers_say() -> None:
     assert "autograd is 1.25 times as fast as graph (metacal)." in said
     assert "off by 10% in 0.62 of the time" in said
     assert "Called exact, and not: liar (50% off)." in said
+
+
+def test_the_conclusion_of_a_course_is_who_came_there_first() -> None:
+    rows = targets.table(fabricated(), "courses")
+    assert report.course_conclusion(rows) == (
+        "graph (metacal) ends highest, at 80.0% after 1 s; graph (metacal) was the first within half a point of that, after 1 s."
+    )
+    start = {"method": "nothing learned", "library": "none", "outer_step": 0, "seconds": 0.0, "accuracy": 0.4}
+    sooner = {**rows[-1], "method": "autograd", "library": "autograd", "seconds": 0.25, "accuracy": 0.796}
+    said = report.course_conclusion([start, *rows, sooner, {"problem": "p", "method": "gone", "library": "x", "failed": "no"}])
+    assert "at 80.0% (40.0% before) after 1 s; autograd was the first" in said
+    assert report.course_conclusion([start]) == "Nothing ran."
 
 
 def test_the_page_needs_nothing_else_and_sorts(tmp_path: Path) -> None:
