@@ -43,7 +43,7 @@ PROBLEMS: dict[str, Row] = {
     "augmentation": Row(training_settings.augmentation, small=False),
     "language": Row(language.reweighting, small=False),
     "tc2-calibrator": Row(tc2.calibrator_stage, small=False),
-    "tc2-encoder": Row(tc2.encoder_stage),
+    "tc2-encoder": Row(tc2.encoder_stage, small=False),
     "mlp": Row(cost.mlp_cost, asks=cost.asks),
     "conv": Row(cost.conv_cost, asks=cost.asks),
     "transformer": Row(cost.transformer_cost, asks=cost.asks),
