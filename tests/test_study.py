@@ -133,7 +133,7 @@ def test_a_study_that_is_killed_goes_on_and_a_run_that_fails_does_not_stop_it(tm
         "method: TC² (paper)",
         "tc2_digits",
         "linear probe %",
-        "within out holds",
+        "The folder out has one folder for each run",
         "Does it run?",
         "2 of 3 runs",
         "seeds 3",

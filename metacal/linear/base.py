@@ -202,7 +202,7 @@ def ratio(a: Tensor, b: Tensor, valid: Tensor | None = None) -> Tensor:
 def rayleigh(p: Tensor, Ap: Tensor) -> Tensor:
     """``<p, A p> / <p, p>`` of vectors, NaN for a zero p. A diagnostic: nothing is differentiated through it."""
     p, Ap = p.detach(), Ap.detach()
-    return torch.dot(p, Ap) / torch.dot(p, p)
+    return (p * Ap).sum() / (p * p).sum()  # torch.dot rounds in another way under vmap
 
 
 def extremes(quotients: Tensor) -> Tensor:

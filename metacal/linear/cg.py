@@ -65,16 +65,16 @@ class CG(Krylov):
             precondition = lambda r: tree.ravel(inverse.apply(unravel(r)))[0]  # noqa: E731
             num_products = num_products + inverse.num_products
         p = z = precondition(r)
-        rz, norm = torch.dot(r, z), vector_norm(r)
+        rz, norm = tree.vdot(r, z), vector_norm(r)
         small, live = self.threshold(right), torch.ones_like(norm, dtype=torch.bool)
         highest, quotients = torch.full_like(norm, -torch.inf), []
         for _ in range(self.num_steps):
             # A NaN is not "converged": every comparison is written so that it goes on and shows in the residual.
             live = live & ~(norm <= small)
             Ap = A(p)
-            pAp = torch.dot(p, Ap)
+            pAp = tree.vdot(p, Ap)
             num_products = num_products + live
-            quotient = torch.where(live, pAp / torch.dot(p, p), torch.nan)
+            quotient = torch.where(live, pAp / tree.vdot(p, p), torch.nan)
             flat = quotient <= rounding(torch.fmax(highest, quotient.abs()))
             quotients.append(torch.where(flat, quotient.clamp(max=0.0), quotient))
             highest = torch.fmax(highest, quotients[-1])
@@ -83,7 +83,7 @@ class CG(Krylov):
             x = x + alpha * p
             r = r - alpha * Ap
             z = precondition(r)
-            previous, rz, norm = rz, torch.dot(r, z), vector_norm(r)
+            previous, rz, norm = rz, tree.vdot(r, z), vector_norm(r)
             p = z + ratio(rz, previous, live) * p
         return LinearSolution(unravel(x), norm / nonzero(vector_norm(right)), num_products, extremes(torch.stack(quotients)))
 
