@@ -14,6 +14,8 @@ from metacal import tree as tree
 from metacal._typing import Objective as Objective
 from metacal.adjoints import Adjoint as Adjoint
 from metacal.adjoints import Cotangents as Cotangents
+from metacal.batches import repeat as repeat
+from metacal.batches import take as take
 from metacal.bilevel import BilevelOptimizer as BilevelOptimizer
 from metacal.bilevel import BilevelState as BilevelState
 from metacal.bilevel import iterate as iterate
@@ -32,10 +34,8 @@ from metacal.inner import descent as descent
 from metacal.inner import fixed_point as fixed_point
 from metacal.inner import microbatched as microbatched
 from metacal.inner import proximal as proximal
-from metacal.inner import repeat as repeat
 from metacal.inner import run as run
 from metacal.inner import stationary as stationary
-from metacal.inner import take as take
 from metacal.inner import with_aux as with_aux
 from metacal.modules import Functional as Functional
 from metacal.modules import functional as functional

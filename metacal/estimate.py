@@ -15,7 +15,8 @@ from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.adjoints.base import Pullback
-from metacal.inner import InnerSolver, InnerState, WithAux, constant, listed, run
+from metacal.batches import constant, listed
+from metacal.inner import InnerSolver, InnerState, WithAux, run
 
 
 class HyperGradient(NamedTuple):

@@ -18,7 +18,7 @@ FLOORS = (
     ("tree",),
     ("_checks", "_random", "_device", "modules"),
     ("_fastest", "derivatives", "optim", "tasks", "objectives", "nets"),
-    ("operators",),
+    ("operators", "batches"),
     ("linear", "_compile"),
     ("inner",),
     ("adjoints",),

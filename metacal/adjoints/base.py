@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from metacal._typing import Tree
-from metacal.inner import InnerSolver, InnerState, listed
+from metacal.batches import listed
+from metacal.inner import InnerSolver, InnerState
 
 
 class Cotangents(NamedTuple):

@@ -13,7 +13,8 @@ from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback, Select, chosen
-from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, advance, read
+from metacal.batches import read
+from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, advance
 
 
 @dataclass(frozen=True)

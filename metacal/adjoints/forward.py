@@ -13,7 +13,8 @@ from metacal import _checks, _random, tree
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
-from metacal.inner import FirstBad, InnerSolver, InnerState, advance, read
+from metacal.batches import read
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance
 
 
 @dataclass(frozen=True)

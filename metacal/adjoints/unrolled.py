@@ -16,7 +16,8 @@ from metacal._device import device_of
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
 from metacal.adjoints.footprint import footprint
-from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, StateCotangent, advance, read
+from metacal.batches import read
+from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, StateCotangent, advance
 
 Mode = Literal["mixed", "reverse", "graph", "auto"]
 

@@ -17,9 +17,10 @@ from metacal import _checks, linear, optim, tree
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Cotangents, FirstOrder, Implicit, Unrolled
 from metacal.adjoints.base import Pullback
+from metacal.batches import repeat
 from metacal.bilevel import BilevelOptimizer, BilevelState, meta_initialisation
 from metacal.estimate import HyperGradient
-from metacal.inner import FirstBad, InnerSolver, InnerState, advance, descent, proximal, repeat, run
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance, descent, proximal, run
 from metacal.optim import OptimizerLike
 
 TaskLoss = Callable[[Tree, Tree], Tensor]

@@ -18,10 +18,11 @@ from metacal import _random, tree
 from metacal._device import device_of, wait
 from metacal._typing import Tree
 from metacal.adjoints import Unrolled
+from metacal.batches import listed
 from metacal.diagnostics.check import cosine, relative_error
 from metacal.diagnostics.cost import peak_bytes, work
 from metacal.estimate import Estimate, HyperGradient, hypergradient
-from metacal.inner import InnerState, listed
+from metacal.inner import InnerState
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

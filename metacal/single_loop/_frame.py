@@ -11,9 +11,10 @@ from torch import Tensor
 from metacal import _checks, derivatives, optim, tree
 from metacal._typing import Tree
 from metacal.adjoints.implicit import refuse_moving_fixed_points
+from metacal.batches import constant, listed
 from metacal.bilevel import BilevelOptimizer, BilevelState
 from metacal.estimate import HyperGradient
-from metacal.inner import FirstBad, InnerSolver, InnerState, constant, listed
+from metacal.inner import FirstBad, InnerSolver, InnerState
 from metacal.optim import OptimizerLike
 from metacal.optim.transformation import Hyperparameter, at, checked, precision
 from metacal.single_loop._objectives import Outer

@@ -11,9 +11,10 @@ from torch import Tensor
 from metacal import _checks, derivatives, optim, tree
 from metacal._typing import Tree
 from metacal.adjoints import lanes
+from metacal.batches import constant
 from metacal.bilevel import BilevelOptimizer, BilevelState
 from metacal.estimate import HyperGradient, value_and_aux
-from metacal.inner import FirstBad, InnerSolver, InnerState, advance, constant
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance
 from metacal.optim import OptimizerLike
 
 

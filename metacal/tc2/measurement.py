@@ -10,7 +10,8 @@ from torch import Tensor
 
 from metacal import derivatives, tree
 from metacal._typing import Tree
-from metacal.inner import descent, repeat, run
+from metacal.batches import repeat
+from metacal.inner import descent, run
 from metacal.optim import sgd
 from metacal.tc2.calibrate import Identity
 from metacal.tc2.conflict import cosines, measure_conflict, monitors, transfer_matrix

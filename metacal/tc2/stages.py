@@ -28,8 +28,9 @@ from torch import Tensor
 from metacal import derivatives, optim, tree
 from metacal._typing import Objective, Tree
 from metacal.adjoints import Adjoint, Unrolled
+from metacal.batches import repeat
 from metacal.bilevel import BilevelOptimizer, BilevelState, Tasks, meta_initialisation, nested
-from metacal.inner import InnerSolver, descent, proximal, repeat
+from metacal.inner import InnerSolver, descent, proximal
 from metacal.optim import GradientTransformation, sgd
 from metacal.tc2.calibrate import Identity, Networks
 from metacal.tc2.factors import check_num_factors
