@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import few_shot_tasks, report, scaling
+from benchmarks.conclusions import conclusion, course_conclusion, ends
 from benchmarks.courses import courses
 from benchmarks.measure import Row, interleaved, matmul_rate, measure, spread
 from benchmarks.methods import METHODS, Method
@@ -120,12 +121,12 @@ def _shown(title: str, rows: Iterator[Row]) -> Iterator[Row]:
         yield row
     print(f"\n{title} ({time.perf_counter() - began:.0f} s)\n")
     what = kept[0]["table"] if kept else None
-    print(report.printed(report.ends(kept) if what == "courses" else kept), flush=True)
+    print(report.printed(ends(kept) if what == "courses" else kept), flush=True)
     if what in _CONCLUSIONS:
         print("\n" + _CONCLUSIONS[what](kept), flush=True)
 
 
-_CONCLUSIONS = {"hypergradients": report.conclusion, "courses": report.course_conclusion}
+_CONCLUSIONS = {"hypergradients": conclusion, "courses": course_conclusion}
 
 
 def _environment(device: torch.device) -> Row:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as suite
-from benchmarks import courses, measure, report, scaling, targets
+from benchmarks import conclusions, courses, measure, report, scaling, targets
 from benchmarks.__main__ import main
 from benchmarks.methods import METHODS, Method, Unsupported
 from benchmarks.problem import Problem, Rule, astype, with_steps
@@ -520,7 +520,7 @@ def test_a_gpu_has_its_own_limits() -> None:
 
 
 def test_the_conclusion_is_what_the_numbers_say() -> None:
-    said = report.conclusion(targets.table(fabricated(), "hypergradients", key="mlp"))
+    said = conclusions.conclusion(targets.table(fabricated(), "hypergradients", key="mlp"))
     assert "autograd is the fastest, 1.6 s" in said
     assert "mixed (metacal) is the leanest, 5e-05 MB, in 4 s." in said
     assert "autograd is 1.25 times as fast as graph (metacal)." in said
@@ -530,14 +530,14 @@ def test_the_conclusion_is_what_the_numbers_say() -> None:
 
 def test_the_conclusion_of_a_course_is_who_came_there_first() -> None:
     rows = targets.table(fabricated(), "courses")
-    assert report.course_conclusion(rows) == (
+    assert conclusions.course_conclusion(rows) == (
         "graph (metacal) ends highest, at 80.0% after 1 s; graph (metacal) was the first within half a point of that, after 1 s."
     )
     start = {"method": "nothing learned", "library": "none", "outer_step": 0, "seconds": 0.0, "accuracy": 0.4}
     sooner = {**rows[-1], "method": "autograd", "library": "autograd", "seconds": 0.25, "accuracy": 0.796}
-    said = report.course_conclusion([start, *rows, sooner, {"problem": "p", "method": "gone", "library": "x", "failed": "no"}])
+    said = conclusions.course_conclusion([start, *rows, sooner, {"problem": "p", "method": "gone", "library": "x", "failed": "no"}])
     assert "at 80.0% (40.0% before) after 1 s; autograd was the first" in said
-    assert report.course_conclusion([start]) == "Nothing ran."
+    assert conclusions.course_conclusion([start]) == "Nothing ran."
 
 
 def test_the_page_needs_nothing_else_and_sorts(tmp_path: Path) -> None:
