@@ -214,6 +214,20 @@ def test_calls_take_turns() -> None:
     assert {name: len(found) for name, found in seconds.items()} == {"a": 3, "b": 3}
 
 
+def test_collections_between_calls_look_at_nothing_older() -> None:
+    """What imports and compilers left is frozen while calls are timed, and not afterwards, not even after a call that raised."""
+    import gc
+
+    frozen: list[int] = []
+    measure.interleaved({"a": lambda: frozen.append(gc.get_freeze_count())}, rounds=2)
+    assert min(frozen) > 1000
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(ZeroDivisionError):
+        measure.interleaved({"a": lambda: 1 / 0}, rounds=1)
+    assert gc.get_freeze_count() == 0
+    assert gc.isenabled()
+
+
 def test_a_call_that_raises_takes_no_further_turns() -> None:
     rows: dict[str, measure.Row] = {"a": {}, "b": {}}
     turns = iter(range(9))
@@ -371,9 +385,18 @@ def test_whole_problems_are_judged_along_their_courses(key: str) -> None:
 
 def test_an_algorithm_with_a_table_is_told_which_batch_it_sees() -> None:
     p = tiny("language")
+    p = replace(p, batches=[p.batches[i] for i in (0, 1, 0, 2)])
     (saba,) = (row for row in registry.METHODS if row.code.startswith("saba"))
+    told: list[tuple[int, Tree]] = []
+
+    def listening(*made: Any) -> Any:
+        bilevel = saba.make(*made)
+        return bilevel._replace(step=lambda state, batches, judged: told.extend(batches) or bilevel.step(state, batches, judged))
+
     assert p.goal is not None
-    h = next(courses.single_loop(saba)(p, p.goal))
+    h = next(courses.single_loop(replace(saba, make=listening))(p, p.goal))
+    assert [index for index, _ in told[:: len(told) // 4]] == [0, 1, 0, 2]
+    assert all(batch is p.batches[(0, 1, 3)[index]] for index, batch in told)
     assert not torch.equal(h["logits"], p.hparams["logits"])
     assert courses.judge(p, p.goal, h).keys() == {"accuracy", "f1"}
 
