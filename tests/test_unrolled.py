@@ -230,6 +230,31 @@ ATTENTION: dict[str, Callable[[], tuple[Callable[[Tree, Tensor], Tensor], Tree]]
 }
 
 
+def test_attention_is_fused_where_nobody_differentiates_its_gradient() -> None:
+    """A plain run trains as torch does; what is differentiated again is computed by the mathematics."""
+    fused: list[bool] = []
+
+    def inner(w: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        fused.append(torch.backends.cuda.flash_sdp_enabled())  # of every device, in spite of its name
+        return (h * w**2).sum()
+
+    solver, w, h = metacal.descent(inner, optim.sgd(0.1)), torch.ones(2, dtype=F64), torch.ones(2, dtype=F64)
+
+    def seen(call: Callable[[], Any]) -> list[bool]:
+        fused.clear()
+        call()
+        return list(fused)
+
+    def estimate(adjoint: Any) -> Callable[[], Any]:
+        return lambda: metacal.hypergradient(lambda w, h, b: w.sum(), solver, adjoint)(solver.init(w, h), h, [QKV] * 2, None)
+
+    assert seen(lambda: metacal.run(solver, solver.init(w, h), h, [QKV] * 2)) == [True, True]
+    assert seen(estimate(adjoints.Unrolled("graph"))) == [False, False]
+    assert seen(estimate(adjoints.Unrolled("reverse"))) == [True, True, False, False][1:]  # the last step is not run twice
+    assert seen(estimate(adjoints.Implicit(linear.Identity())))[:2] == [True, True]
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str) -> None:
     apply, params = ATTENTION[name]()
