@@ -7,7 +7,7 @@ differentiates the result; inside a transform it is ``torch.func``, and nothing 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -119,10 +119,10 @@ def _independent(name: str) -> str:
     )
 
 
-def vjp(fn: Callable[..., Tree], *primals: Tree, constants: Tree = (), retain_graph: bool = False) -> tuple[Tree, Callable[[Tree], Any]]:
+def vjp(fn: Callable[..., Tree], *primals: Tree, constants: Tree = ()) -> tuple[Tree, Callable[[Tree], Any]]:
     """``(fn(*primals), pullback)``: the pullback maps a cotangent of the output to those of the primals, once.
 
-    ``constants`` are what ``fn`` reads besides: the result stays in their graph. With ``retain_graph`` the pullback may be called again.
+    ``constants`` are what ``fn`` reads besides: the result stays in their graph.
     """
     if transforming():
         return func_vjp(fn, *primals)
@@ -136,16 +136,39 @@ def vjp(fn: Callable[..., Tree], *primals: Tree, constants: Tree = (), retain_gr
     def pullback(cotangent: Tree) -> Any:
         cotangents = tree.leaves(cotangent)
         create_graph = keep_graph or attached(cotangents)
-        pairs = [(y, ct) for y, ct in zip(outs, cotangents, strict=True) if y.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(flat)
-        if pairs and flat:
-            ys, cts = zip(*pairs, strict=True)
-            with torch.enable_grad():
-                kept = retain_graph or create_graph
-                found = torch.autograd.grad(ys, flat, cts, retain_graph=kept, create_graph=create_graph, allow_unused=True)
-        return tree.unflatten(treedef, [torch.zeros_like(x) if g is None else g for g, x in zip(found, flat, strict=True)])
+        return tree.unflatten(treedef, _pulled(outs, flat, cotangents, retain_graph=create_graph, create_graph=create_graph))
 
     return released(out, keep_graph), pullback
+
+
+def pullbacks(fn: Callable[..., Tree], *primals: Tree) -> tuple[Tree, list[Callable[[Tree], Tree]]]:
+    """``fn(*primals)``, and for each primal the map from a cotangent of the output to its own, as often as it is wanted.
+
+    Recorded once; plain autograd, which nobody differentiates or transforms (see :func:`attached`).
+    """
+    with torch.enable_grad(), differentiable_attention():
+        primals = tree.map(lambda x: x.detach().requires_grad_(), primals)
+        out = fn(*primals)
+    outs = tree.leaves(out)
+
+    def pullback(primal: Tree) -> Callable[[Tree], Tree]:
+        flat, treedef = tree.flatten(primal)
+        return lambda cotangent: tree.unflatten(treedef, _pulled(outs, flat, tree.leaves(cotangent), retain_graph=True))
+
+    return tree.detach(out), [pullback(primal) for primal in primals]
+
+
+def _pulled(
+    ys: list[Tensor], xs: list[Tensor], cotangents: list[Tensor], *, retain_graph: bool, create_graph: bool = False
+) -> list[Tensor]:
+    """The cotangents of ``xs``: zeros where nothing depends on one."""
+    pairs = [(y, ct) for y, ct in zip(ys, cotangents, strict=True) if y.requires_grad]
+    if not (pairs and xs):
+        return [torch.zeros_like(x) for x in xs]
+    live, cts = zip(*pairs, strict=True)
+    with torch.enable_grad():
+        found = torch.autograd.grad(live, xs, cts, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, xs, strict=True)]
 
 
 def func_vjp(fn: Callable[..., Tree], *primals: Tree) -> tuple[Tree, Callable[[Tree], Any]]:

@@ -191,7 +191,7 @@ def solve(
     adjoint = Unrolled() if adjoint is None else adjoint
     check_parts(solver, adjoint)
     _check(params, hparams, batches)
-    if isinstance(adjoint, Unrolled) and adjoint.mode == "graph" and adjoint.segment in (None, 1):
+    if isinstance(adjoint, Unrolled) and adjoint.mode == "graph" and adjoint.segment is None:
         final, bad = adjoint.in_one_graph(solver, params, hparams, batches)
         if stats is not None:
             stats["first_bad_step"] = bad.step()

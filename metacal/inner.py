@@ -36,7 +36,7 @@ class _Parts(NamedTuple):
     gradient: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
     products: Callable[[Tree, Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
     update: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
-    hessian: Callable[[Tree, Tree, Tree, Tree], Callable[[Tree], Tree]]
+    linearised: Callable[[Tree, Tree, Tree, Tree], operators.Linearised]
     step: Callable[[InnerState, Tree, Tree], tuple[InnerState, Tree]]
     pullback: Callable[[InnerState, Tree, Tree, Tree, StateCotangent], tuple[StateCotangent, Tree]]
 
@@ -45,7 +45,8 @@ class Descent(_Parts):
     """The parts of a gradient-based step, for the adjoints that take it apart: four that say what it is, and three that follow.
 
     ``gradient(params, hparams, batch, carry) -> (grads, carry)``;
-    ``products(params, hparams, batch, carry, d) -> (H_ww d, H_hw d)``, and ``hessian(params, hparams, batch, carry)(d) -> H_ww d``;
+    ``products(params, hparams, batch, carry, d) -> (H_ww d, H_hw d)``, and ``linearised(params, hparams, batch, carry)``, which has
+    the gradient and each product by itself, from one recorded gradient where there can be one;
     ``update(grads, params, opt_state, hparams) -> (params, opt_state)``, cheap and usually elementwise;
     ``step(state, hparams, batch) -> (state, grads)``, and with what it returns ``pullback(state, grads, hparams, batch, ct) ->
     (ct, d_hparams)``: the transposed Jacobian of the step that began at ``state``, on a :data:`StateCotangent`.
@@ -54,20 +55,27 @@ class Descent(_Parts):
     __slots__ = ()
 
     def __new__(
-        cls, objective: Any, gradient: Any, products: Any, update: Any, hessian: Any = None, step: Any = None, pullback: Any = None
+        cls, objective: Any, gradient: Any, products: Any, update: Any, linearised: Any = None, step: Any = None, pullback: Any = None
     ) -> Descent:
-        hessian = _hessian(products) if hessian is None else hessian
+        linearised = _linearised(gradient, products) if linearised is None else linearised
         step = _step(gradient, update) if step is None else step
         pullback = _pullback(products, update) if pullback is None else pullback
-        return super().__new__(cls, objective, gradient, products, update, hessian, step, pullback)
+        return super().__new__(cls, objective, gradient, products, update, linearised, step, pullback)
 
 
 # What follows are functions and no partials: what is compiled is a copy of their code.
-def _hessian(products: Any) -> Callable[[Tree, Tree, Tree, Tree], Callable[[Tree], Tree]]:
-    def hessian(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> Callable[[Tree], Tree]:
-        return lambda direction: products(params, hparams, batch, carry, direction)[0]
+def _linearised(gradient: Any, products: Any, product: Any = None) -> Callable[[Tree, Tree, Tree, Tree], operators.Linearised]:
+    """Each part afresh; ``product`` is that of the Hessian alone, where that is cheaper than both."""
 
-    return hessian
+    def linearised(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> operators.Linearised:
+        at = params, hparams, batch, carry
+        return operators.Linearised(
+            lambda: gradient(*at)[0],
+            (lambda direction: products(*at, direction)[0]) if product is None else lambda direction: product(*at, direction),
+            lambda direction: products(*at, direction)[1],
+        )
+
+    return linearised
 
 
 def _step(gradient: Any, update: Any) -> Callable[[InnerState, Tree, Tree], tuple[InnerState, Tree]]:
@@ -219,10 +227,9 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
     def product(params: Tree, hparams: Tree, batch: Tree, carry: Tree, direction: Tree) -> Tree:
         return operators.hessian_product(loss, params, hparams, batch, carry, direction)
 
-    def hessian(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> Callable[[Tree], Tree]:
-        if compile:
-            return lambda direction: product(params, hparams, batch, carry, direction)
-        return operators.hessian(loss, params, hparams, batch, carry)
+    def linearised(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> operators.Linearised:
+        recorded = operators.linearised(loss, params, hparams, batch, carry)
+        return _linearised(gradient, products, product)(params, hparams, batch, carry) if recorded is None else recorded
 
     def update(grads: Tree, params: Tree, opt_state: Tree, hparams: Tree) -> tuple[Tree, Tree]:
         return optim.moved(optim.resolve(optimizer, hparams), grads, opt_state, params)
@@ -242,7 +249,7 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
     def residual(params: Tree, hparams: Tree, batch: Tree) -> Tree:
         return gradient(params, hparams, batch, () if carry is None else carry)[0]
 
-    parts = Descent(loss, gradient, products, update, hessian, step, pullback)
+    parts = Descent(loss, gradient, products, update, linearised, step, pullback)
     return InnerSolver(init, lambda state, hparams, batch: step(state, hparams, batch)[0], residual, parts)
 
 

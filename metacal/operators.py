@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,17 @@ from torch.overrides import TorchFunctionMode
 
 from metacal import _checks, _random, tree
 from metacal._typing import Tree
-from metacal.derivatives import accumulator, attached, differentiable_attention, graph_nodes, released, transforming, value_and_grad, vjp
+from metacal.derivatives import (
+    accumulator,
+    attached,
+    differentiable_attention,
+    graph_nodes,
+    pullbacks,
+    released,
+    transforming,
+    value_and_grad,
+    vjp,
+)
 
 
 @dataclass
@@ -91,21 +101,30 @@ def hessian_product(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry:
     return _products(loss, params, hparams, batch, carry, direction, lambda w: (w,))[0]
 
 
-def hessian(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> Callable[[Tree], Tree]:
-    """``d -> H_ww d``, for what asks for it again and again.
+class Linearised(NamedTuple):
+    """The gradient at a point and its derivatives there, for what asks for them again and again.
 
-    The gradient is recorded once, and each product is a backward pass through it. Work: a gradient, and one to two for each product;
-    memory: its graph, some two of a gradient's, for as long as the function lives. Micro-batches, and what somebody differentiates,
-    take a :func:`hessian_product` each.
+    Attributes:
+        gradient: ``() -> grad_w L``.
+        hessian: ``d -> H_ww d``.
+        mixed: ``d -> H_hw d``.
     """
 
-    def afresh(direction: Tree) -> Tree:
-        return hessian_product(loss, params, hparams, batch, carry, direction)
+    gradient: Callable[[], Tree]
+    hessian: Callable[[Tree], Tree]
+    mixed: Callable[[Tree], Tree]
 
+
+def linearised(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> Linearised | None:
+    """The gradient, recorded once: each product is a backward pass through it.
+
+    Work: a gradient, and one to two for each product; memory: its graph, some two of a gradient's, for as long as the result lives.
+    None for what takes each product afresh: micro-batches, compiled code, and what somebody differentiates.
+    """
     if loss.num_chunks > 1 or loss.compiled or attached(params, hparams):
-        return afresh
-    pull = vjp(lambda w: _gradient(loss, w, hparams, batch, carry)[0], params, retain_graph=True)[1]
-    return lambda direction: pull(direction)[0]
+        return None
+    g, (H_ww, H_hw) = pullbacks(lambda w, h: _gradient(loss, w, h, batch, carry)[0], params, hparams)
+    return Linearised(lambda: g, H_ww, H_hw)
 
 
 Variables = Callable[[Tree], tuple[Tree, ...]]

@@ -105,7 +105,7 @@ def axpy(a: float | Tensor, x: Tree, y: Tree) -> Tree:
 
 def mean(trees: list[Tree]) -> Tree:
     """The leafwise mean of several trees."""
-    return map(lambda *xs: xs[0] if len(xs) == 1 else torch.stack(xs).mean(0), *trees)
+    return trees[0] if len(trees) == 1 else map(lambda *xs: torch.stack(xs).mean(0), *trees)
 
 
 def vdot(a: Tree, b: Tree) -> Tensor:

@@ -74,7 +74,7 @@ def test_the_parts_that_implicit_adjoints_use_are_compiled() -> None:
     batch, d = p.batches[0], {"w": f64(1.0, -2.0, 0.5)}
     at = (p.params, p.hparams, batch, ())
     for name, part in {
-        "hessian": lambda descent: descent.hessian(*at)(d),
+        "hessian": lambda descent: descent.linearised(*at).hessian(d),
         "products": lambda descent: descent.products(*at, d),
         "gradient": lambda descent: descent.gradient(*at),
     }.items():

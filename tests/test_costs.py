@@ -76,6 +76,7 @@ LIMITS = {
     "mixed, default segments": (adjoints.Unrolled(), 5.25),
     "graph": (adjoints.Unrolled(mode="graph"), 3.25),
     "graph, in segments": (adjoints.Unrolled(mode="graph", segment=3), 4.25),
+    "reverse": (adjoints.Unrolled(mode="reverse"), 4.25),
     "reverse, every state kept": (adjoints.Unrolled(mode="reverse", segment=1), 4.25),
 }
 
@@ -111,7 +112,7 @@ def test_work(net: str, limit: str) -> None:
 
 
 def test_what_is_run_again() -> None:
-    """To the operation: the last segment is a whole one and not run again, nor is the last step of any where only states are wanted."""
+    """To the operation: the last segment is not run again, nor is the last step of any where only states are wanted."""
     apply, params, x = mlp()
     labels, weights = torch.arange(8) % 4, torch.ones(8, dtype=torch.float64)
 
@@ -126,9 +127,13 @@ def test_what_is_run_again() -> None:
         return flops(lambda: estimate(state, weights, [x] * num_steps, x)) / flops(lambda: solver.step(state, weights, x))
 
     # Nine steps in segments of four: one, four and four.
-    assert steps("graph", 4) - steps("graph", None) == pytest.approx(5)
-    for mode in ("reverse", "mixed"):
-        assert steps(mode, 4) - steps(mode, 1) == pytest.approx(3)
+    whole = steps("graph", None)
+    for mode in ("graph", "reverse"):
+        assert steps(mode, 4) - whole == pytest.approx(5)
+        assert steps(mode, 1) - whole == pytest.approx(8)
+    assert steps("reverse", None) - whole == pytest.approx(6)  # three of three
+    assert steps("mixed", 4) - steps("mixed", 1) == pytest.approx(3)
+    assert steps("mixed", None) - steps("mixed", 1) == pytest.approx(2 + 2 + 1)  # of three, three, two and one
     # Looking at a step beforehand costs one; where there is only one step it is not looked at.
     assert steps("auto", None) - min(steps("mixed", None), steps("graph", None)) >= 1
     assert steps("auto", None, 1) == steps("graph", None, 1)
@@ -136,7 +141,7 @@ def test_what_is_run_again() -> None:
 
 @pytest.mark.parametrize("net", NETS)
 def test_work_of_an_implicit_gradient(net: str) -> None:
-    """A recorded gradient and K pulls of one to two, one mixed product, one residual, beside the run and the outer gradient."""
+    """A recorded gradient and K pulls of one to two, one of them more for the hparams, beside the run and the outer gradient."""
     apply, params, x = NETS[net]()
     labels, num_products, num_steps = torch.arange(8) % 4, 5, 2
     weights = torch.ones(8, dtype=torch.float64)
@@ -152,7 +157,7 @@ def test_work_of_an_implicit_gradient(net: str) -> None:
     estimate = metacal.hypergradient(inner, solver, adjoints.Implicit(linear.Neumann(num_steps=num_products, step_size=0.01)))
     state = solver.init(params, weights)
     work = flops(lambda: estimate(state, weights, [x] * num_steps, x)) / flops(plain_step)
-    assert num_products <= work - (num_steps + 1) <= 1 + 2.25 * num_products + 3.25 + 1
+    assert num_products <= work - (num_steps + 1) <= 1 + 2.25 * (num_products + 1)
 
 
 def peak_bytes(fn: Callable[[], Any]) -> int:

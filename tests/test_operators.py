@@ -82,9 +82,12 @@ def test_products_equal_a_double_backward_pass(name: str) -> None:
     """One written by hand, and without a word where nobody differentiates them."""
     loss, d = loss_of(name), torch.tensor([1.0, -2.0, 0.3], dtype=torch.float64)
     products = operators.mixed_products(loss, W, H, None, (), d)
-    again = operators.hessian(loss, W, H, None, ())
+    again = operators.linearised(loss, W, H, None, ())
+    assert again is not None
     H_ww, H_hw = by_hand(name, d)
-    for got, expected in zip((*products, again(d), again(2 * d)), (H_ww, H_hw, H_ww, 2 * H_ww), strict=True):
+    found = (*products, again.hessian(d), again.mixed(d), again.hessian(2 * d), again.gradient())
+    (g,) = torch.autograd.grad(LOSSES[name]((w := W.clone().requires_grad_()) * H), w)
+    for got, expected in zip(found, (H_ww, H_hw, H_ww, H_hw, 2 * H_ww, g), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -112,7 +115,7 @@ def test_a_function_that_is_differentiable_once_is_refused() -> None:
     w = W.clone().requires_grad_()
     (g,) = torch.autograd.grad(once.fn(w, H, None, ())[0], w, create_graph=True)
     assert torch.autograd.grad(g.sum(), w, allow_unused=True) == (None,)
-    for product in (lambda: operators.mixed_products(once, W, H, None, (), W), lambda: operators.hessian(once, W, H, None, ())(W)):
+    for product in (lambda: operators.mixed_products(once, W, H, None, (), W), lambda: operators.linearised(once, W, H, None, ())):
         with pytest.raises(RuntimeError, match="once_differentiable"):
             product()
 

@@ -89,11 +89,11 @@ def test_work_is_what_the_row_says(row: Method) -> None:
     counted = (work(lambda: estimate(state, HPARAMS, batches, DATA)) - unit) / unit  # less the outer gradient
     assert unit > 0
     most = row.work(sizes)
-    assert (0.6 * most if "at most" in row.cost or row.family != "implicit" else most - 5) <= counted <= most + 0.5
+    assert (0.55 * most if "at most" in row.cost or row.family != "implicit" else most - 5) <= counted <= most + 0.5
     if "Krylov" in [base.__name__ for base in type(getattr(estimate.adjoint, "solver", None)).__mro__] and "Gauss" not in row.code:
         products = 2 * SETTING.number if row.code.startswith(("Implicit(linear.NormalCG", "Implicit(linear.BiCGSTAB")) else SETTING.number
         products += "preconditioner" in row.code
-        assert counted == pytest.approx(9 + products + 4, abs=0.5), "no product is wasted: each is one gradient of this linear model"
+        assert counted == pytest.approx(9 + products + 1, abs=0.5), "no product is wasted: each is one gradient of this linear model"
 
 
 @pytest.mark.parametrize("row", LOOPS, **CODE)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from metacal import _random, derivatives, linear, tree
+from metacal import _random, derivatives, linear, operators, tree
 from metacal._typing import Tree
 from metacal.inner import InnerSolver
 
@@ -37,9 +37,20 @@ class Equation:
     damping: float | Tensor
     noise: _random.Noise
     stochastic: bool = False
+    parts: operators.Linearised | None = None
+
+    def at(self, theta: Theta) -> Equation:
+        """The same, for ``theta`` alone and not to be differentiated: all of its parts are of one gradient, where there is one."""
+        descent = self.inner.descent
+        if descent is None or len(theta.batches) > 1 or not isinstance(self.operator, linear.Hessian):
+            return self
+        _random.restore(self.noise)
+        return replace(self, parts=descent.linearised(theta.params, theta.hparams, theta.batches[0], theta.carry))
 
     def residual(self, theta: Theta) -> Tree:
         """F(w, h)."""
+        if self.parts is not None:
+            return self._mean([self.parts], lambda parts: parts.gradient())
         return self._mean(theta.batches, lambda batch: self.inner.residual(theta.params, theta.hparams, batch))
 
     def matrix(self, theta: Theta) -> linear.LinearMap:
@@ -53,10 +64,14 @@ class Equation:
 
     def pull_hparams(self, theta: Theta, v: Tree) -> Tree:
         """``F_h^T v``."""
+        if self.parts is not None:
+            return self._mean([self.parts], lambda parts: parts.mixed(v))
         params, hparams, carry, _ = theta
         return self._mean(theta.batches, lambda batch: self.operator.mixed(self.inner, params, hparams, batch, carry, v))
 
     def _mean_matrix(self, theta: Theta) -> linear.LinearMap:
+        if self.parts is not None:
+            return linear.symmetric(lambda v: self._mean([self.parts], lambda parts: parts.hessian(v)))
         params, hparams, carry, batches = theta
 
         def matrix(batch: Tree) -> linear.LinearMap:

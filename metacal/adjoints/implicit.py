@@ -26,10 +26,11 @@ class Implicit(Adjoint):
     ``d_hparams = -F_h^T v`` with ``(F_w^T + damping I) v = ct`` solved by ``solver``. For a gradient-based inner solver F is the
     gradient of the objective and F_w its Hessian; for any other the transposed Jacobian of ``residual`` is used.
 
-    Cost: the run, a recorded gradient, ``solver``'s products (backward passes through it, one to two gradients each), one mixed product
-    and one gradient; memory: the graph of one gradient, independent of the number of steps. With several batches, and where somebody
-    differentiates, each product records its own. Not estimated: the cotangent of the initial params (``()``), and whatever
-    depends on the path (learning rates). The bias is of the order of the distance to the solution. ``stats``:
+    Cost: the run, a recorded gradient, ``solver``'s products (backward passes through it, one to two gradients each) and one more
+    for the hparams; memory: the graph of one gradient, independent of the number of steps. With several batches, compiled, and where
+    somebody differentiates, each product records its own, and F is another gradient. Not estimated: the cotangent of the initial
+    params (``()``), and whatever depends on the path (learning rates). The bias is of the order of the distance to the solution.
+    ``stats``:
 
     - ``residual_norm``: ``|F| |v| / (|ct| |w|)``, the distance to the solution relative to ``|w|``, judged by the curvature
       that the linear solve met along ``v``;
@@ -87,10 +88,11 @@ class Implicit(Adjoint):
         def pullback(ct: Tree) -> Cotangents:
             x0 = memory if self.solver.warm_start and memory is not None and tree.leaves(memory) else None
             with _random.preserved(theta.params):
-                v, linear_residual, num_products, curvature = solve_linear(self.solver, equation, theta, ct, x0)
+                system = equation if derivatives.attached(theta, ct) else equation.at(theta)
+                v, linear_residual, num_products, curvature = solve_linear(self.solver, system, theta, ct, x0)
                 assert curvature is not None  # solve_linear fills it in
-                d_hparams = tree.scale(-1.0, equation.pull_hparams(theta, v))
-                distance = tree.norm(equation.residual(theta)) * tree.norm(v)
+                d_hparams = tree.scale(-1.0, system.pull_hparams(theta, v))
+                distance = tree.norm(system.residual(theta)) * tree.norm(v)
                 scale = tree.norm(ct) * tree.norm(theta.params)
             stats = {
                 "first_bad_step": bad.step(),

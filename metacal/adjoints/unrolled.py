@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -38,12 +38,13 @@ class Unrolled(Adjoint):
 
     - ``mixed`` (default): states are stored, and each step is pulled back by a double backward of it. Inside a ``torch.func``
       transform, compiled, with micro-batches and where somebody differentiates the result, it goes back through the update and then
-      by one product with the full Hessian, forward over reverse, and the gradients are stored too. Work 3.3 - 4.2 (4.3 - 5.2
-      with ``segment``); memory 2 sqrt(T) states plus one step's activations.
-    - ``reverse``: a double backward of each step everywhere, which every solver has. Work and memory the same.
-    - ``graph``: one plain autograd graph of the whole run. Work 2.3 - 3.2, the fastest; memory grows with T. With ``segment`` one
-      graph at a time, of ``segment`` steps: work 3.0 - 4.2, memory T / segment states and segment steps' graphs. Cannot run
-      inside a ``torch.func`` transform.
+      by one product with the full Hessian, forward over reverse, and the gradients are stored too. Work 4.3 - 5.2 (3.3 - 4.2
+      with ``segment=1``); memory sqrt(2 T) states plus one step's activations.
+    - ``reverse``: a double backward of one segment of steps at a time, which every solver has. Work 3.3 - 4.2; memory sqrt(T)
+      states and sqrt(T) steps' graphs.
+    - ``graph``: one plain autograd graph of the whole run. Work 2.3 - 3.2, the fastest; memory grows with T. With ``segment`` it is
+      ``reverse`` in plain autograd: memory T / segment states and segment steps' graphs. Cannot run inside a ``torch.func``
+      transform.
     - ``auto``: ``graph`` or ``mixed``, whichever has the smaller peak of memory. The first step is taken once more beforehand, as
       ``graph`` does it, and what its graph keeps, times T, is compared with what ``mixed`` would keep. Where somebody differentiates
       the result, and inside a transform, it is ``mixed``. ``stats["kept_graph"]`` says which: 1 or 0.
@@ -51,8 +52,9 @@ class Unrolled(Adjoint):
     Args:
         mode: see above; all give the same number.
         window: differentiate only the last ``window`` steps (truncation); biased, and the initial params' cotangent is ``()``.
-        segment: keep every ``segment``-th state and re-run the steps between; 1 keeps all. Default: ceil(sqrt(steps)), and all of
-            them in ``graph``.
+        segment: keep every ``segment``-th state and take the steps between again; 1 keeps all. Default: ceil(sqrt(T)) in ``reverse``,
+            all of them in ``graph``. In ``mixed`` the segments grow by a step each from the last to the first: whenever one is done
+            with, its first state makes room for one more of the next.
         offload: keep the stored states in host memory.
 
     The reverse sweep and the step of ``mixed``: ``ct <- J_t^T ct`` with ``w' = U(g(w, h), w, s, h)``, ``g = grad_w L``.
@@ -115,9 +117,22 @@ class Unrolled(Adjoint):
     def _first(self, batches: Sequence[Tree]) -> int:
         return 0 if self.window is None else max(0, len(batches) - self.window)
 
-    def _segment(self, steps: int) -> int:
-        # Keeping everything is one segment of all the steps: nothing is run again.
-        return steps if self.segment == 1 else self.segment or (steps if self.mode == "graph" else math.ceil(math.sqrt(steps)))
+    def _segments(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Begin and end of each. The last one is not run again: it is a whole one, or the shortest."""
+        segments, end, lengths = [], last, self._lengths(last - first)
+        while end > first:
+            segments.append((max(first, end - next(lengths)), end))
+            end = segments[-1][0]
+        return segments[::-1]
+
+    def _lengths(self, steps: int) -> Iterator[int]:
+        """The segments' lengths, from the last to the first."""
+        by_segment = self.mode in ("reverse", "graph")
+        if self.segment == 1 and not by_segment:  # every state is kept: that is one segment, and nothing is run again
+            return itertools.repeat(steps)
+        if self.segment is None and not by_segment:
+            return itertools.count(1)
+        return itertools.repeat(self.segment or (steps if self.mode == "graph" else math.ceil(math.sqrt(steps))))
 
     def _auto(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
@@ -134,22 +149,24 @@ class Unrolled(Adjoint):
 
     def _graph_is_smaller(self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int) -> bool:
         """T graphs against stored states (and gradients), their cotangents, and the activations of one step with their tangents."""
-        steps, segment = len(batches) - first, self._segment(len(batches) - first)
+        steps, segments = len(batches) - first, self._segments(first, len(batches))
         if not steps or derivatives.attached(state, hparams):
             return False
         if steps == 1:  # no state to store, and the step would have to be taken again
             return True
         (batch,) = read(batches, first, first + 1)
         step = footprint(solver, state, hparams, batch)
-        gradients = segment * step.params if self._taken_apart(solver, state, hparams) else 0
-        stored = 0 if self.offload else (math.ceil(steps / segment) + segment - 2) * step.state + gradients
+        gradients = max(end - begin for begin, end in segments) * step.params if self._taken_apart(solver, state, hparams) else 0
+        # Beside the first states of the segments before, all of a segment's; the very first is the caller's.
+        states = max(i + end - begin for i, (begin, end) in enumerate(segments)) - 1
+        stored = 0 if self.offload else states * step.state + gradients
         return steps * step.graph <= stored + 2 * (step.state + step.params + step.activations)
 
     def _sweep(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], first: int, bad: FirstBad
     ) -> tuple[InnerState, Pullback]:
         device, apart = device_of(state), self._taken_apart(solver, state, hparams)
-        segments = _segments(first, len(batches), self._segment(max(1, len(batches) - first)))
+        segments = self._segments(first, len(batches))
         starts: list[_Saved] = []  # one state per segment, kept
         tape: list[_StatePullback] = []  # of the segment at hand, consumed by the backward sweep
 
@@ -173,7 +190,7 @@ class Unrolled(Adjoint):
 
         def record(state: InnerState, begin: int, end: int, bad: FirstBad | None = None) -> InnerState:
             """Runs a segment and puts its pullbacks on the tape; ``bad`` watches the first time, when its final state is wanted."""
-            if self.mode == "graph":
+            if self.mode in ("reverse", "graph"):
                 state, pull = _recorded(solver, state, hparams, batches, begin, end, bad)
                 tape.append(pull)
                 return state
@@ -190,6 +207,7 @@ class Unrolled(Adjoint):
                     bad.look(t, state.params)
             return state
 
+        beginning = _Saved(state, _random.noise(state.params))
         for begin, end in segments:
             starts.append(save(state, _random.same_or(starts[-1].noise if starts else None, _random.noise(state.params))))
             if end == len(batches):
@@ -200,11 +218,17 @@ class Unrolled(Adjoint):
         stats = {"first_bad_step": bad.step()}
 
         def pullback(ct: Tree) -> Cotangents:
-            keep_graph = derivatives.attached(starts[0].state if starts else (), hparams, ct)
-            d_state = (ct, [torch.zeros_like(x) for x in tree.partition(state.opt_state)[0]])
+            if len(starts) < len(segments):  # called before: what it used up is run again
+                with _random.preserved(state.params):
+                    _random.restore(beginning.noise)
+                    _, pull = self._sweep(solver, beginning.state, hparams, batches, first, FirstBad())
+                return pull(ct)
+            keep_graph = derivatives.attached(beginning.state, hparams, ct)
+            d_state = (ct, [_zero(x, compact=apart is None) for x in tree.partition(state.opt_state)[0]])
             d_hparams = derivatives.accumulator(hparams)
             with _random.preserved(state.params):
-                for (begin, end), start in zip(reversed(segments), reversed(starts), strict=True):
+                for begin, end in reversed(segments):
+                    start = starts.pop()
                     if not tape:
                         _random.restore(start.noise)
                         record(load(start).state, begin, end)
@@ -223,13 +247,12 @@ class Unrolled(Adjoint):
         return solver.descent if derivatives.attached(state, hparams) or loss.compiled or loss.num_chunks > 1 else None
 
 
+def _zero(x: Tensor, compact: bool) -> Tensor:
+    """Zeros like x, in the memory of one of them; compiled code would be compiled anew for the other layout."""
+    return x.new_zeros(()).expand_as(x) if compact else torch.zeros_like(x)
+
+
 _StatePullback = Callable[[StateCotangent], tuple[StateCotangent, Tree]]
-
-
-def _segments(first: int, last: int, segment: int) -> list[tuple[int, int]]:
-    """Begin and end of each; the last one, which is not run again, is a whole one."""
-    ends = list(range(last, first, -segment))[::-1]
-    return list(itertools.pairwise([first, *ends]))
 
 
 def _recorded(

@@ -42,7 +42,7 @@ class Hessian(Operator):
     def matrix(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> LinearMap:
         if inner.descent is None:
             return Jacobian().matrix(inner, params, hparams, batch, carry)
-        return symmetric(inner.descent.hessian(params, hparams, batch, carry))
+        return symmetric(inner.descent.linearised(params, hparams, batch, carry).hessian)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class GaussNewton(Operator):
             return self.model(w, hparams, batch)
 
         outputs, pull = derivatives.func_vjp(model, params)
-        H_out = operators.hessian(loss, outputs, hparams, batch, ())
+        at = outputs, hparams, batch, ()
+        recorded = operators.linearised(loss, *at)
+        H_out = recorded.hessian if recorded else lambda d: operators.hessian_product(loss, *at, d)
 
         def product(v: Tree) -> Tree:
             return pull(H_out(derivatives.func_jvp(model, (params,), (v,))))[0]

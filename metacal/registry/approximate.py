@@ -10,7 +10,7 @@ APPROXIMATE = (
     Method(
         "Unrolled(window=k)", "approximate", lambda s: adjoints.Unrolled(window=s.number), HPARAMS,
         "steps before the last k are left out", "T + 4.25 k at most; T + 3.25 k with `segment=1`",
-        "2 √k states, one step's double-backward graph", "as its mode", cite("Shaban et al. 2019", "1810.10667"),
+        "√(2 k) states, one step's double-backward graph", "as its mode", cite("Shaban et al. 2019", "1810.10667"),
         lambda s: s.num_steps + 4.25 * min(s.number, s.num_steps), lambda s: replayed(s, min(s.number, s.num_steps)),
         kind="biased", path=True,
     ),

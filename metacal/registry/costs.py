@@ -8,8 +8,8 @@ from metacal.registry.row import Sizes
 
 
 def replayed(s: Sizes, T: int) -> float:
-    """2 sqrt(T) states, and one step's double-backward graph."""
-    return 2 * math.ceil(math.sqrt(T)) * s.state_bytes + 3 * s.activation_bytes
+    """sqrt(2 T) states, those of the run, and one step's double-backward graph."""
+    return (math.ceil(math.sqrt(2 * T)) + 4) * s.state_bytes + 3 * s.activation_bytes
 
 
 def graph(s: Sizes) -> float:

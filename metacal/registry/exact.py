@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from metacal import adjoints
 from metacal.registry.costs import graph, graph_in_segments, replayed
 from metacal.registry.row import BOTH, HPARAMS, Method, Sizes, cite
@@ -15,7 +17,7 @@ def _tangents(s: Sizes) -> str | None:
 EXACT = (
     Method(
         "Unrolled()", "exact", lambda s: adjoints.Unrolled(), BOTH, "none",
-        "5.25 T at most", "2 √T states, one step's double-backward graph; inside a transform gradients too",
+        "5.25 T at most", "√(2 T) states, one step's double-backward graph; inside a transform gradients too",
         "a double backward of the objective; inside a transform forward-mode AD where there is", cite("Kemaev et al. 2025", "2505.00793"),
         lambda s: 5.25 * s.num_steps, lambda s: replayed(s, s.num_steps), initial_params=True, path=True,
     ),
@@ -27,10 +29,10 @@ EXACT = (
     ),
     Method(
         'Unrolled(mode="reverse")', "exact", lambda s: adjoints.Unrolled(mode="reverse"), BOTH, "none",
-        "5.25 T at most; 4.25 T with `segment=1`", "2 √T states, one step's double-backward graph", "double backward; any solver",
+        "4.25 T at most", "√T states, the graph of √T steps", "double backward; any solver",
         f"{cite('Maclaurin et al. 2015', '1502.03492')}; {cite('Franceschi et al. 2017', '1703.01785')}",
-        lambda s: 5.25 * s.num_steps,
-        lambda s: replayed(s, s.num_steps), initial_params=True, path=True,
+        lambda s: 4.25 * s.num_steps,
+        lambda s: graph_in_segments(s._replace(number=math.isqrt(s.num_steps - 1) + 1)), initial_params=True, path=True,
     ),
     Method(
         'Unrolled(mode="graph")', "exact", lambda s: adjoints.Unrolled(mode="graph"), BOTH, "none",

@@ -27,11 +27,11 @@ def _implicit(
     symmetric: bool = False,
     limit: Callable[[Sizes], str | None] = lambda sizes: None,
 ) -> Method:
-    """T steps, a recorded gradient and the pulls through it (one to 2.2 gradients each), one mixed product and one gradient."""
+    """T steps, a recorded gradient and the pulls through it (one to 2.2 gradients each): the products and one mixed product."""
     return Method(
         f"Implicit({code})", "implicit", lambda s: adjoints.Implicit(solver(s)), HPARAMS, bias,
-        f"T + {products} + 5 at most" if products else "T + 5 at most", memory, needs, reference,
-        lambda s: s.num_steps + 2.2 * count(s) + 5, lambda s: one_step(s) + vectors(s) * s.params_bytes, kind=kind,
+        f"T + {products} + 3.2 at most" if products else "T + 3.2 at most", memory, needs, reference,
+        lambda s: s.num_steps + 2.2 * count(s) + 3.2, lambda s: one_step(s) + vectors(s) * s.params_bytes, kind=kind,
         symmetric=symmetric, limit=limit,
     )  # fmt: skip
 

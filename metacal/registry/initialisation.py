@@ -12,7 +12,7 @@ INITIALISATION = (
         "meta_initialisation(outer, solver, Unrolled(), optimizer)", "initialisation",
         lambda f, solver, opt, s: meta_initialisation(f, solver, adjoints.Unrolled(), opt),
         "initial params; hparams too with `hparams_optimizer`", "none",
-        "5.25 T at most", "2 √T states and gradients, one step's activations", "as `Unrolled()`",
+        "5.25 T at most", "√(2 T) states and gradients, one step's activations", "as `Unrolled()`",
         cite("MAML: Finn et al. 2017", "1703.03400"),
         lambda s: 5.25 * s.num_steps, lambda s: replayed(s, s.num_steps), initial_params=True, path=True,
     ),

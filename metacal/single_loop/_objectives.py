@@ -82,7 +82,7 @@ class Objectives:
 
     def hessian(self, state: InnerState, h: Tree, batch: Tree, v: Tree) -> Tree:
         """``g_ww v`` alone. Work: one product."""
-        return self.descent.hessian(state.params, h, batch, state.carry)(v)
+        return self.descent.linearised(state.params, h, batch, state.carry).hessian(v)
 
     def follow(self, state: InnerState, h: Tree, direction: Tree, carry: Tree) -> InnerState:
         """The inner optimizer's step along a direction."""
