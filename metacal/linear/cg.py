@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.linalg import vector_norm
 
 from metacal import tree
@@ -16,7 +17,6 @@ from metacal.linear.base import (
     Matvec,
     Preconditioner,
     extremes,
-    ratio,
     raveled,
     rounding,
     start,
@@ -67,25 +67,28 @@ class CG(Krylov):
         p = z = precondition(r)
         rz, norm = tree.vdot(r, z), vector_norm(r)
         small, live = self.threshold(right), torch.ones_like(norm, dtype=torch.bool)
-        highest, quotients = torch.full_like(norm, -torch.inf), []
+        zero = highest = torch.zeros_like(norm)
+        met: list[tuple[Tensor, Tensor, Tensor]] = []  # Rayleigh quotients, which of them are flat, and which lanes were under way
         for _ in range(self.num_steps):
             # A NaN is not "converged": every comparison is written so that it goes on and shows in the residual.
             live = live & ~(norm <= small)
             Ap = A(p)
-            pAp = tree.vdot(p, Ap)
+            pAp = (p * Ap).sum()
             num_products = num_products + live
-            quotient = torch.where(live, pAp / tree.vdot(p, p), torch.nan)
-            flat = quotient <= rounding(torch.fmax(highest, quotient.abs()))
-            quotients.append(torch.where(flat, quotient.clamp(max=0.0), quotient))
-            highest = torch.fmax(highest, quotients[-1])
-            live = live & ~flat & ~(rz <= 0)
-            alpha = ratio(rz, pAp, live)
+            quotient = pAp / (p * p).sum()
+            highest = torch.fmax(highest, quotient.abs())
+            flat = quotient <= rounding(highest)
+            met.append((quotient, flat, live))
+            live = live & ~(flat | (rz <= 0))
+            alpha = torch.where(live, rz / pAp, zero)
             x = x + alpha * p
             r = r - alpha * Ap
             z = precondition(r)
-            previous, rz, norm = rz, tree.vdot(r, z), vector_norm(r)
-            p = z + ratio(rz, previous, live) * p
-        return LinearSolution(unravel(x), norm / nonzero(vector_norm(right)), num_products, extremes(torch.stack(quotients)))
+            previous, rz, norm = rz, (r * z).sum(), vector_norm(r)
+            p = z + torch.where(live, rz / previous, zero) * p
+        quotients, flats, lives = (torch.stack(column) for column in zip(*met, strict=True))
+        quotients = torch.where(lives, torch.where(flats, quotients.clamp(max=0.0), quotients), torch.nan)
+        return LinearSolution(unravel(x), norm / nonzero(vector_norm(right)), num_products, extremes(quotients))
 
     def trouble(self, residual_norm: float, num_products: float, curvature_min: float, curvature_max: float) -> str | None:
         if curvature_min <= 0:
