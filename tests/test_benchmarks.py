@@ -142,7 +142,7 @@ def test_a_method_refuses_what_is_too_large() -> None:
 # Bounds of work in plain gradients of a step, from counting them once; the outer objective is a step's work too.
 MOST_WORK = {
     "graph": lambda T: 3.3 * T + 1.5, "graph, four segments": lambda T: 4.3 * T + 1.5,
-    "reverse": lambda T: 5.3 * T + 1.5, "mixed": lambda T: 5.3 * T + 1.5,
+    "reverse": lambda T: 4.3 * T + 1.5, "mixed": lambda T: 5.3 * T + 1.5,
     "mixed, every state": lambda T: 4.3 * T + 1.5, "window 10": lambda T: T + 4.3 * min(T, 10) + 1.5,
     "Neumann 20": lambda T: T + 2.2 * 20 + 6.5, "CG 20": lambda T: T + 2.2 * 20 + 6.5, "T1-T2": lambda T: T + 6.5,
     "first order": lambda T: T + 1.5,
@@ -160,7 +160,7 @@ def test_work_does_not_grow(key: str) -> None:
 
 
 def test_allocated_bytes_do_not_grow() -> None:
-    """On a long run of a small network: replay keeps 2 sqrt(T) states, a graph all, segments in between, and auto the smaller."""
+    """On a long run of a small network: replay keeps sqrt(2 T) states, a graph all, segments in between, and auto the smaller."""
     from benchmarks.problems.cost import weighted_mlp
 
     p = astype(weighted_mlp(36, width=32, batch=4, features=32, num_weights=8), F64)
@@ -168,7 +168,7 @@ def test_allocated_bytes_do_not_grow() -> None:
     peak = {name: measure.peak_bytes(METHODS[name].prepare(p)) for name in names}
     params = tree.num_bytes(p.params)
     state = 2 * params  # with the momentum
-    assert peak["mixed"] <= (2 * 6 + 2) * state + 6 * params
+    assert peak["mixed"] <= (math.sqrt(2 * 36) + 5) * state
     assert peak["graph, four segments"] <= 4 * state + 9 / 36 * peak["graph"] + 8 * params
     assert peak["reverse"] <= peak["mixed"]
     assert peak["graph"] >= 24 * params  # each step's weights
