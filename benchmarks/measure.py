@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 import warnings
@@ -73,9 +74,10 @@ def interleaved(
     budget: float = math.inf,
     on_failure: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, in rounds A B C A B C ..., so that a machine that slows down does so for all.
+    """Seconds of every call, in rounds, so that a machine that slows down does so for all.
 
-    The calls should have run before. After three rounds there are no more once ``budget`` seconds are spent. Garbage is collected
+    Each round has an order of its own: a shared machine's speed comes and goes, and where a round takes as long as that, a fixed order
+    favours a place in it. The calls should have run before. After three rounds there are no more once ``budget`` seconds are spent. Garbage is collected
     between calls and not during them. A call that raises is left out from then on, and ``on_failure`` is told; without it, it raises.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -84,7 +86,7 @@ def interleaved(
         for done in range(rounds):
             if done >= 3 and time.perf_counter() - began > budget:
                 break
-            for name in list(seconds):
+            for name in random.Random(done).sample(list(seconds), len(seconds)):
                 try:
                     seconds[name].append(_timed(calls[name], device))
                 except Exception as error:
