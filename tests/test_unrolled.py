@@ -134,6 +134,20 @@ def test_a_graph_where_somebody_differentiates_the_result(adjoint: Any) -> None:
     close(both_orders(adjoint), expected)
 
 
+@pytest.mark.parametrize("adjoint", [adjoints.Unrolled(m) for m in ("mixed", "reverse", "graph")] + [adjoints.Unrolled(window=4)], ids=str)
+def test_a_pullback_may_be_called_again(adjoint: Any) -> None:
+    """The first call uses up what was kept of the run; another runs it again, with the noise that it saw."""
+    w, h, x = torch.linspace(-1, 1, 6, dtype=F64), torch.ones(6, dtype=F64), torch.ones(20, 6, dtype=F64)
+    solver = metacal.descent(lambda w, h, b: (h * torch.tanh(F.dropout(b) @ w)[:, None] ** 2).mean(), optim.sgd(0.3, momentum=0.9))
+    torch.manual_seed(0)
+    _, pullback = adjoint.vjp(solver, solver.init(w, h), h, [x] * 7)
+    ct = torch.cos(w)
+    first, other, again = pullback(ct), pullback(torch.sin(w)), pullback(2 * ct)
+    close((again.hparams, again.params), metacal.tree.scale(2.0, (first.hparams, first.params)), 1e-14)
+    assert float((other.hparams - first.hparams).abs().max()) > 1e-6
+    assert int(again.stats["first_bad_step"]) == -1
+
+
 def test_a_segment_at_a_time_is_in_memory() -> None:
     """Of 48 steps' graphs 6 are kept, and what is recorded again sees the noise of the first time."""
     estimate, *_ = weighted("narrow layers, big batch")

@@ -32,7 +32,7 @@ EXACT = (
         "4.25 T at most", "√T states, the graph of √T steps", "double backward; any solver",
         f"{cite('Maclaurin et al. 2015', '1502.03492')}; {cite('Franceschi et al. 2017', '1703.01785')}",
         lambda s: 4.25 * s.num_steps,
-        lambda s: graph_in_segments(s._replace(number=math.isqrt(s.num_steps - 1) + 1)), initial_params=True, path=True,
+        lambda s: graph_in_segments(s._replace(number=math.ceil(math.sqrt(s.num_steps)) or 1)), initial_params=True, path=True,
     ),
     Method(
         'Unrolled(mode="graph")', "exact", lambda s: adjoints.Unrolled(mode="graph"), BOTH, "none",
