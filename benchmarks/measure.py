@@ -77,8 +77,9 @@ def interleaved(
     """Seconds of every call, in rounds, so that a machine that slows down does so for all.
 
     Each round has an order of its own: a shared machine's speed comes and goes, and where a round takes as long as that, a fixed order
-    favours a place in it. The calls should have run before. After three rounds there are no more once ``budget`` seconds are spent. Garbage is collected
-    between calls and not during them. A call that raises is left out from then on, and ``on_failure`` is told; without it, it raises.
+    favours a place in it. The calls should have run before. After three rounds there are no more once ``budget`` seconds are spent.
+    Garbage is collected between calls and not during them. A call that raises is left out from then on, and ``on_failure`` is told;
+    without it, it raises.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()

@@ -134,7 +134,7 @@ def test_a_graph_where_somebody_differentiates_the_result(adjoint: Any) -> None:
     close(both_orders(adjoint), expected)
 
 
-@pytest.mark.parametrize("adjoint", [adjoints.Unrolled(m) for m in ("mixed", "reverse", "graph")] + [adjoints.Unrolled(window=4)], ids=str)
+@pytest.mark.parametrize("adjoint", [*(adjoints.Unrolled(m) for m in ("mixed", "reverse", "graph")), adjoints.Unrolled(window=4)], ids=str)
 def test_a_pullback_may_be_called_again(adjoint: Any) -> None:
     """The first call uses up what was kept of the run; another runs it again, with the noise that it saw."""
     w, h, x = torch.linspace(-1, 1, 6, dtype=F64), torch.ones(6, dtype=F64), torch.ones(20, 6, dtype=F64)
