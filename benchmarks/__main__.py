@@ -30,7 +30,7 @@ from metacal.train.environment import describe, resolve_device
 PARTS = ("hypergradients", "scaling", "tasks", "tc2", "courses")
 PEERS = ("higher", "betty-ml", "jax", "jaxopt", "optax")
 ROUNDS: dict[Size, int] = {"tiny": 1, "small": 7, "full": 15}
-BUDGETS: dict[Size, float] = {"tiny": 0.0, "small": 30.0, "full": math.inf}
+BUDGETS: dict[Size, float] = {"tiny": 0.0, "small": 20.0, "full": math.inf}
 """Seconds of timed rounds per problem, after which three are enough."""
 NUM_TASKS: dict[Size, int] = {"tiny": 2, "small": 32, "full": 32}
 
