@@ -34,6 +34,12 @@ def transforming() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def forward_levels() -> int:
+    """How many levels of forward mode (``torch.func.jvp``) look at what is computed now."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+
+
 def attached(*trees: Tree) -> bool:
     """Whether somebody may differentiate what is computed from these trees: then nothing may be detached."""
     return transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(trees)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from metacal import _checks, _random, derivatives, tree
+from metacal import _autocast, _checks, _random, derivatives, tree
 from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
@@ -114,7 +114,7 @@ def value_and_aux(outer: Any, params: Tree, hparams: Tree, batch: Tree) -> tuple
     """The outer objective, and what it logs."""
     if not isinstance(outer, WithAux):
         return outer(params, hparams, batch), {}
-    value, aux = _checks.pair("objective", outer(params, hparams, batch), "(loss, dict of tensors to log), as with_aux says")
+    value, aux = _checks.pair("outer", outer(params, hparams, batch), "(loss, dict of tensors to log), as with_aux says")
     return value, aux
 
 
@@ -151,6 +151,7 @@ class _Problem:
     num_hparams: int
     stats: dict[str, Tensor] | None
     noise: _random.Noise | None = None
+    autocast: _autocast.Autocast | None = None
     pullback: Pullback | None = field(default=None, repr=False)
 
     def vjp(self, flat: Sequence[Tensor]) -> tuple[InnerState, Pullback]:
@@ -172,7 +173,7 @@ def solve(
     ``outer(solve(...)).backward()`` fills the ``.grad`` of the params and hparams, which may be ``nn.Parameter`` s. A ``solve``
     inside an inner objective makes a third level; first and second derivatives are right for every adjoint (with
     ``mode="graph"``: in plain autograd). What the objective closes over is a constant: pass everything that is learned through
-    ``hparams``.
+    ``hparams``, and leave modules in their mode (train, eval) until the backward pass, which takes steps again.
 
     Args:
         params, hparams: trees of tensors.
@@ -196,6 +197,15 @@ def solve(
         if stats is not None:
             stats["first_bad_step"] = bad.step()
         return final.params
+    if derivatives.forward_levels() > 1:
+        # In a Function's jvp torch switches forward mode off: the levels above would take its tangent for a constant.
+        if not adjoint.is_of_the_run:
+            raise RuntimeError(
+                f"`adjoint` should be one that derives the run itself where two levels go forward (jvp of jvp, jacfwd of jacfwd, jvp of "
+                f"hessian): {type(adjoint).__name__} has no rule for it. Use Unrolled(), or let one of the levels go backward: "
+                "jacfwd(jacrev(f)), jacrev(jacfwd(f)), hessian(f)."
+            )
+        return run(solver, solver.init(params, hparams), hparams, batches).params
     flat, combine = tree.partition((params, hparams, listed(batches)), tree.is_tensor)
     problem = _Problem(solver, adjoint, combine, len(tree.leaves(params)), len(tree.leaves(hparams)), stats)
     return tree.unflatten(tree.structure(params), list(_Solve.apply(problem, *flat)))
@@ -207,7 +217,7 @@ class _Solve(Function):
     @staticmethod
     def forward(problem: _Problem, *flat: Tensor) -> tuple[Tensor, ...]:
         params, hparams, batches = problem.combine(flat)
-        problem.noise = _random.noise(params)
+        problem.noise, problem.autocast = _random.noise(params), _autocast.present(params)
         if derivatives.transforming() or not any(x.requires_grad for x in flat):
             final = run(problem.solver, problem.solver.init(params, hparams), hparams, batches)
         else:  # the backward pass will want the saved states
@@ -231,13 +241,15 @@ class _Solve(Function):
         params = problem.combine(flat)[0]
         ct = tree.unflatten(tree.structure(params), list(cotangents))
         pullback, problem.pullback = problem.pullback, None  # once: it holds the states, and uses them up
-        if pullback is not None and not derivatives.attached(list(flat), ct):
-            found = pullback(ct)
-        else:  # somebody differentiates this backward pass: run it where they can see it
-            assert problem.noise is not None
-            with _random.preserved(params):
-                _random.restore(problem.noise)
-                found = problem.vjp(flat)[1](ct)
+        assert problem.noise is not None
+        assert problem.autocast is not None
+        with _autocast.again(problem.autocast):
+            if pullback is not None and not derivatives.attached(list(flat), ct):
+                found = pullback(ct)
+            else:  # somebody differentiates this backward pass: run it where they can see it
+                with _random.preserved(params):
+                    _random.restore(problem.noise)
+                    found = problem.vjp(flat)[1](ct)
         if problem.stats is not None:
             problem.stats.update(found.stats)
         d_params = tree.leaves(found.params) or [None] * problem.num_params  # None: not estimated, nothing flows

@@ -57,10 +57,16 @@ class Descent(_Parts):
     def __new__(
         cls, objective: Any, gradient: Any, products: Any, update: Any, linearised: Any = None, step: Any = None, pullback: Any = None
     ) -> Descent:
+        objective = objective if isinstance(objective, operators.Loss) else _loss(objective, with_carry=False)
         linearised = _linearised(gradient, products) if linearised is None else linearised
         step = _step(gradient, update) if step is None else step
         pullback = _pullback(products, update) if pullback is None else pullback
         return super().__new__(cls, objective, gradient, products, update, linearised, step, pullback)
+
+    def _replace(self, **parts: Any) -> Descent:
+        """With other parts; those that follow from the four, and are not given, follow from the new ones."""
+        four = {name: getattr(self, name) for name in ("objective", "gradient", "products", "update")}
+        return Descent(**(self._asdict() if parts.keys().isdisjoint(four) else four) | parts)
 
 
 # What follows are functions and no partials: what is compiled is a copy of their code.
@@ -108,8 +114,8 @@ class InnerSolver(NamedTuple):
     """A way to run an inner problem: ``init(params, hparams)``, ``step(state, hparams, batch)``, and
     ``residual(params, hparams, batch)``, a tree like the params that is zero at a solution.
 
-    ``descent`` is there when the step is one of a gradient; ``anchor(hparams)`` when the solution is tied to a point
-    (:func:`proximal`).
+    ``descent`` is there when the step is one of a gradient (by hand: ``step=DescentStep(descent)``); ``anchor(hparams)`` when the
+    solution is tied to a point (:func:`proximal`).
     """
 
     init: Callable[[Tree, Tree], InnerState]
@@ -117,6 +123,22 @@ class InnerSolver(NamedTuple):
     residual: Callable[[Tree, Tree, Tree], Tree]
     descent: Descent | None = None
     anchor: Callable[[Tree], Tree] | None = None
+
+    @property
+    def taken_apart(self) -> Descent | None:
+        """The parts that the step is made of: None where it is another, as one that somebody wrapped."""
+        return self.descent if isinstance(self.step, DescentStep) and self.step.descent is self.descent else None
+
+
+@dataclass(frozen=True)
+class DescentStep:
+    """The step that a :class:`Descent` makes; a solver that has another, say a projection after it, is not taken apart."""
+
+    descent: Descent
+
+    def __call__(self, state: InnerState, hparams: Tree, batch: Tree) -> InnerState:
+        after: InnerState = self.descent.step(state, hparams, batch)[0]
+        return after
 
 
 @dataclass(frozen=True)
@@ -250,7 +272,7 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
         return gradient(params, hparams, batch, () if carry is None else carry)[0]
 
     parts = Descent(loss, gradient, products, update, linearised, step, pullback)
-    return InnerSolver(init, lambda state, hparams, batch: step(state, hparams, batch)[0], residual, parts)
+    return InnerSolver(init, DescentStep(parts), residual, parts)
 
 
 def proximal(objective: Objective, optimizer: OptimizerLike, strength: float | Tensor, *, anchor: Callable[[Tree], Tree]) -> InnerSolver:
@@ -293,7 +315,9 @@ def stationary(objective: Objective) -> InnerSolver:
 def run(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree]) -> InnerState:
     """Runs one inner step per batch.
 
-    ``batches`` is a sequence (it may be lazy): replay reads it again. Work: one step per batch; memory: one state.
+    ``batches`` is a sequence. It may be lazy: replay reads it again, and finds torch's generators as they were, so that augmentation
+    where a batch is read is drawn again as it was. (A linear system's batches are read at another time, and drawn anew.) Work: one
+    step per batch; memory: one state.
     """
     _checks.batches(batches)
     return advance(solver, state, hparams, batches, 0, len(batches))

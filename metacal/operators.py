@@ -259,7 +259,8 @@ def _forward_over_reverse(
     def gradients(w: list[Tensor], c: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         def scalar(leaves: list[Tensor], c: list[Tensor]) -> tuple[Tensor, Tree]:
             w, *h = tree.unflatten(structure, leaves)
-            return loss.fn(w, h[0] if h else hparams, piece, combine(c))
+            value, moved = loss.fn(w, h[0] if h else hparams, piece, combine(c))
+            return _checks.scalar("objective", value), moved
 
         gradient, moved = torch.func.grad(scalar, has_aux=True)(tree.leaves(variables(tree.unflatten(w_def, w))), c)
         return gradient, tree.partition(moved)[0]

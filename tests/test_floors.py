@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "metacal"
 FLOORS = (
     ("_typing", "_safe", "_lifeline"),
     ("tree",),
-    ("_checks", "_random", "_device", "modules"),
+    ("_autocast", "_checks", "_random", "_device", "modules"),
     ("_fastest", "derivatives", "optim", "tasks", "objectives", "nets"),
     ("operators", "batches"),
     ("linear", "_compile"),

@@ -242,3 +242,40 @@ def test_second_derivatives_through_an_implicit_adjoint(solver: str) -> None:
         ).hparams["lam"]
 
     close(torch.func.grad(gradient)(f64(0.3)), truth, tolerance)
+
+
+# Levels that all go forward
+
+
+def along(f: Callable[..., Any], v: Tensor) -> Callable[[Tensor], Any]:
+    return lambda h: torch.func.jvp(f, (h,), (v,))[1]
+
+
+TWICE: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
+    "jvp of jvp": lambda f: along(along(f, Z), R),
+    "jacfwd of jacfwd": lambda f: torch.func.jacfwd(torch.func.jacfwd(f)),
+    "jvp of hessian": lambda f: along(torch.func.hessian(f), Z),
+    "jacfwd of vmap of jvp": lambda f: torch.func.jacfwd(lambda h: torch.func.vmap(lambda v: along(f, v)(h))(torch.stack([Z, R]))),
+}
+
+
+def bent(w: Tree, h: Tree, b: Tree) -> Tensor:
+    return ((w - h) ** 2).sum() + 0.2 * (w**4).sum() + (w * h**2).sum()
+
+
+@pytest.mark.parametrize("adjoint", [adjoints.Unrolled(), adjoints.Unrolled("reverse"), adjoints.Forward(), adjoints.ForwardSketch(2)])
+@pytest.mark.parametrize("twice", TWICE)
+def test_two_levels_may_go_forward(twice: str, adjoint: metacal.Adjoint) -> None:
+    """Against the run itself, without an autograd.Function around it: torch would take the inner tangent for a constant there."""
+    solver, batches, h = metacal.descent(bent, optim.sgd(0.1, momentum=0.5)), metacal.repeat(None, 4), f64(0.7, -0.4)
+    plain = lambda h: (metacal.run(solver, solver.init(Y0, h), h, batches).params ** 3).sum()  # noqa: E731
+    solved = lambda h: (metacal.solve(solver, Y0, h, batches, adjoint) ** 3).sum()  # noqa: E731
+    close(TWICE[twice](solved)(h), TWICE[twice](plain)(h), 1e-12)
+
+
+@pytest.mark.parametrize("adjoint", [adjoints.Implicit(linear.Dense()), adjoints.Unrolled(window=2), adjoints.FiniteDifference()])
+def test_two_levels_that_go_forward_are_refused_where_there_is_no_rule(adjoint: metacal.Adjoint) -> None:
+    solver, h = metacal.descent(bent, optim.sgd(0.1)), f64(0.7, -0.4)
+    solved = lambda h: (metacal.solve(solver, Y0, h, metacal.repeat(None, 4), adjoint) ** 3).sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="`adjoint` should be one that derives the run itself where two levels go forward"):
+        torch.func.jacfwd(torch.func.jacfwd(solved))(h)

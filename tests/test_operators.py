@@ -293,3 +293,14 @@ def test_a_gradient_hangs_on_no_graph_that_nobody_asked_for() -> None:
     assert torch.equal(gradient, c)
     assert not gradient.requires_grad
     assert not value.requires_grad
+
+
+def test_a_loss_of_one_element_is_a_scalar_in_every_engine() -> None:
+    """Shape (1,), as of a last linear layer with one output: taken for a scalar in plain autograd, and so under transforms."""
+    h = torch.tensor([0.3, 0.4], dtype=torch.float64)
+    for keepdim in (False, True):
+        solver = metacal.descent(lambda w, h, b, k=keepdim: ((w - h) ** 2).sum(0, keepdim=k), optim.sgd(0.25))
+        estimate = metacal.hypergradient(lambda w, h, b: (w**2).sum() / 2, solver, adjoints.Unrolled())
+        call = lambda h: estimate(solver.init(torch.zeros_like(h), h), h, [None] * 2, None).hparams  # noqa: B023, E731
+        found = torch.func.vmap(call)(h[None])[0], torch.func.jacrev(call)(h).diagonal()
+        torch.testing.assert_close(found, (0.75**2 * h, torch.full_like(h, 0.75**2)), rtol=1e-14, atol=0)

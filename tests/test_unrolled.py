@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import metacal
 from metacal import adjoints, linear, operators, optim
+from metacal.inner import DescentStep
 from problems import F64, PROBLEMS, Tree, close, f64
 from test_costs import peak_bytes
 
@@ -472,9 +473,10 @@ def test_four_parts_make_a_descent() -> None:
     w, h = torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([0.3, 0.4], dtype=F64)
     made = metacal.descent(lambda w, h, b: (w**3 * h).sum(), optim.sgd(0.1, momentum=0.9))
     assert made.descent is not None
-    own = made._replace(descent=metacal.Descent(*made.descent[:4]))
-    assert own.descent is not None
-    adjoints_ = (metacal.adjoints.Unrolled(), metacal.adjoints.Unrolled("reverse"), metacal.adjoints.SAMA())
+    parts = metacal.Descent(lambda w, h, b: (w**3 * h).sum(), *made.descent[1:4])  # the objective as users write it
+    own = made._replace(descent=parts, step=DescentStep(parts))
+    assert own.taken_apart is parts
+    adjoints_ = (metacal.adjoints.Unrolled(), metacal.adjoints.Unrolled("auto"), metacal.adjoints.SAMA())
     for adjoint in (*adjoints_, metacal.adjoints.Implicit(metacal.linear.Neumann(3, 0.01))):
         found = [
             metacal.hypergradient(lambda w, h, b: (w**2).sum(), solver, adjoint)(
@@ -483,3 +485,137 @@ def test_four_parts_make_a_descent() -> None:
             for solver in (made, own)
         ]
         close(found[1], found[0], 1e-14)
+
+
+# Steps that somebody wrapped
+
+
+def clamped(base: metacal.InnerSolver) -> metacal.InnerSolver:
+    """The same with a projection behind every step."""
+
+    def step(state: metacal.InnerState, h: Tree, b: Tree) -> metacal.InnerState:
+        after = base.step(state, h, b)
+        return after._replace(params=after.params.clamp(-0.5, 0.5))
+
+    return base._replace(step=step)
+
+
+@pytest.mark.parametrize("mode", ["mixed", "reverse", "graph", "auto"])
+def test_a_wrapped_step_is_the_step_that_is_differentiated(mode: Any) -> None:
+    """Also where a step would be taken apart: under transforms, and with micro-batches. One coordinate runs into the wall at 0.5."""
+    h, x = f64(1.0, 0.2), f64(1.0, 1.0)
+    share = 1 - 0.4**5  # w_2 = share h_2; w_1 = 0.5 whatever h_1 is
+    truth = f64(0.0, 3 * (share * 0.2) ** 2 * share)
+
+    def objective(w: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        return ((w - h) ** 2 * b[:, None]).mean(0).sum()
+
+    def call(h: Tensor, inner: Any = objective) -> Tensor:
+        solver = clamped(metacal.descent(inner, optim.sgd(0.3)))
+        assert solver.taken_apart is None
+        estimate = metacal.hypergradient(lambda w, h, b: (w**3).sum(), solver, adjoints.Unrolled(mode))
+        return estimate(solver.init(torch.zeros_like(h), h), h, metacal.repeat(x, 5), None).hparams
+
+    close(call(h), truth, 1e-14)
+    close(call(h, metacal.microbatched(objective, 2)), truth, 1e-14)
+    if mode != "graph":
+        close(torch.func.vmap(call)(h[None])[0], truth, 1e-14)
+
+
+def test_what_takes_a_step_apart_refuses_a_wrapped_one() -> None:
+    solver = clamped(metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), optim.sgd(0.3)))
+    h = f64(1.0, 0.2)
+    with pytest.raises(ValueError, match="`solver` should take the step that its descent makes"):
+        adjoints.SAMA().vjp(solver, solver.init(h, h), h, [None])
+    with pytest.raises(ValueError, match="`solver` should take the step that its descent makes"):
+        metacal.single_loop.soba(lambda w, h, b: (w**2).sum(), solver, optim.sgd(0.1), step_size=0.1)
+
+
+def test_new_parts_have_what_follows_from_them() -> None:
+    made = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), optim.sgd(0.25)).descent
+    assert made is not None
+    halved = made._replace(gradient=lambda *at: ((g := made.gradient(*at))[0] / 2, g[1]))
+    w, h = f64(0.0), f64(1.0)
+    after, grads = halved.step(metacal.InnerState(w, optim.sgd(0.25).init(w)), h, None)
+    close(grads, f64(-1.0), 0)
+    close(after.params, f64(0.25), 0)
+    assert made._replace(step=halved.step)[:5] == made[:5]  # what is replaced is what is given
+
+
+# Batches that are drawn where they are read
+
+
+class Drawn:
+    """Six batches of noise: a data set with random augmentations is such a sequence."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Tensor:
+        if not 0 <= i < 6:
+            raise IndexError(i)
+        return torch.randn(4, dtype=F64)
+
+
+RUNS = [adjoints.Unrolled(), adjoints.Unrolled(segment=1), adjoints.Unrolled("reverse"), adjoints.Unrolled("auto"), adjoints.Forward()]
+
+
+@pytest.mark.parametrize("adjoint", RUNS, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_batches_that_are_drawn_where_they_are_read(adjoint: metacal.Adjoint, dropout: float) -> None:
+    """Noise of the batches and of the objective come from one generator: each replay finds it where the first pass did."""
+    w, h = f64(1.0, 2.0, 3.0, 4.0), f64(0.5, 1.0, -1.0, 2.0)
+
+    def inner(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
+        return (F.dropout(w * x - h, dropout) ** 2).mean() + 0.1 * (w**4).sum()
+
+    solver = metacal.descent(inner, optim.sgd(0.05, momentum=0.5))
+    torch.manual_seed(0)
+    v = torch.randn(4, dtype=F64)
+
+    def value(s: float) -> Tensor:
+        torch.manual_seed(0)
+        return (metacal.run(solver, solver.init(w, h + s * v), h + s * v, Drawn()).params ** 2).sum()
+
+    slope, after = (value(1e-5) - value(-1e-5)) / 2e-5, torch.rand(())
+    torch.manual_seed(0)
+    found = metacal.hypergradient(lambda w, h, b: (w**2).sum(), solver, adjoint)(solver.init(w, h), h, Drawn(), None)
+    close(torch.rand(()), after, 0)  # the generator stands where a plain run leaves it
+    close(found.value, value(0.0), 1e-12)
+    close((found.hparams * v).sum(), slope, 1e-8)
+
+
+@pytest.mark.parametrize("adjoint", [adjoints.Implicit(linear.CG(3)), adjoints.FiniteDifference(), adjoints.SAMA()], ids=str)
+def test_a_system_of_drawn_batches_draws_apart(adjoint: metacal.Adjoint) -> None:
+    w, h = f64(1.0, 2.0, 3.0, 4.0), f64(0.5, 1.0, -1.0, 2.0)
+    solver = metacal.descent(lambda w, h, x: ((w * x - h) ** 2).mean() + 0.1 * (w**4).sum(), optim.sgd(0.05))
+    torch.manual_seed(0)
+    metacal.run(solver, solver.init(w, h), h, Drawn())
+    after = torch.rand(())
+    torch.manual_seed(0)
+    metacal.hypergradient(lambda w, h, b: (w**2).sum(), solver, adjoint)(solver.init(w, h), h, Drawn(), None)
+    close(torch.rand(()), after, 0)
+
+
+# A backward pass that comes later
+
+
+@pytest.mark.parametrize("mode", ["mixed", "reverse"])
+@pytest.mark.parametrize("segment", [None, 1])
+def test_steps_are_taken_again_in_the_precision_in_which_they_were_taken(mode: Any, segment: int | None) -> None:
+    """Forward under autocast, backward outside of it, which is how torch wants it: as in a graph, which keeps what it computed."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(32, 8)
+    model, h = metacal.functional(net), torch.zeros(32, requires_grad=True)
+    solver = metacal.descent(lambda w, h, b: (h.sigmoid() * model.apply(w, b)[:, 0].float() ** 2).mean(), optim.sgd(0.5))
+
+    def gradient(adjoint: metacal.Adjoint) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            w = metacal.solve(solver, model.params, h, metacal.repeat(x, 4), adjoint)
+            loss = model.apply(w, x).float().square().mean()
+        (found,) = torch.autograd.grad(loss, h)
+        return found
+
+    truth = gradient(adjoints.Unrolled("graph"))
+    close(gradient(adjoints.Unrolled(mode, segment=segment)), truth, 1e-5)
+    assert not torch.is_autocast_enabled("cpu")

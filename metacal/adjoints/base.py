@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from metacal import _random
 from metacal._typing import Tree
 from metacal.batches import listed
 from metacal.inner import InnerSolver, InnerState
@@ -35,18 +37,28 @@ Select = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 def chosen(select: Select, batches: Sequence[Tree]) -> list[Tree]:
-    """The selected batches, read once and checked."""
-    return listed(select(batches))
+    """The selected batches, read once and checked. Where reading may draw, it does so apart from the run's own draws."""
+    with nullcontext() if isinstance(batches, (list, tuple)) else _random.apart():
+        return listed(select(batches))
 
 
 class Adjoint(ABC):
     """Differentiates the run of an inner solver."""
+
+    @property
+    def is_of_the_run(self) -> bool:
+        """Whether its derivative is that of the run itself, which a transform that sees the run has too."""
+        return False
 
     @abstractmethod
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
     ) -> tuple[InnerState, Pullback]:
         """Runs the solver; returns its final state and the pullback of ``(params, hparams) -> final params``."""
+
+    def init_memory(self, params: Tree) -> Tree:
+        """Zeros like the ``memory`` of this adjoint's pullbacks, for a state that can be saved and loaded: ``()`` where there is none."""
+        return ()
 
     def jvp(self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], d_params: Tree, d_hparams: Tree) -> Tree:
         """The tangent of the final params: needed only when a ``solve`` is differentiated in forward mode."""

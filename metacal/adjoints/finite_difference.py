@@ -93,7 +93,7 @@ class SAMA(Adjoint):
         radius: how far apart from w, in the norm of the params, the two gradients are taken; it does not scale the result.
         select: which batches define L, as a sequence; the last one by default.
 
-    Errors: ValueError: the solver has no objective (``fixed_point``), or there is no batch.
+    Errors: ValueError: the solver has no objective (``fixed_point``) or a step of its own, or there is no batch.
 
     Source: Choe et al. 2023 (arXiv 2310.05674).
 
@@ -116,6 +116,11 @@ class SAMA(Adjoint):
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
     ) -> tuple[InnerState, Pullback]:
         descent = _descent(self, solver, batches)
+        if solver.taken_apart is None:
+            raise ValueError(
+                "`solver` should take the step that its descent makes: SAMA differentiates that step's update, and this solver's is "
+                "another (one that was wrapped). Use FiniteDifference or Unrolled(), or put what wraps it into the optimizer."
+            )
         T, bad = len(batches), FirstBad()
         before = advance(solver, state, hparams, batches, 0, T - 1, bad)
         (batch,) = read(batches, T - 1, T)

@@ -50,7 +50,7 @@ def _saved_by_a_step(solver: InnerSolver, state: InnerState, hparams: Tree, batc
     params, hparams = tree.map(lambda x: x.detach().requires_grad_(), (state.params, hparams))
     state = state._replace(params=params)
     with torch.enable_grad():
-        after, grads = solver.descent.step(state, hparams, batch) if solver.descent else (solver.step(state, hparams, batch), None)
+        after, grads = solver.taken_apart.step(state, hparams, batch) if solver.taken_apart else (solver.step(state, hparams, batch), None)
     graph = _saved_by_graph(after)
     return graph, graph if grads is None else _saved_by_graph(grads)
 

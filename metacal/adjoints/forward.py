@@ -54,6 +54,10 @@ class Forward(Adjoint):
         lanes.check_chunk_size(self.chunk_size)
         _checks.whole("max_hparams", self.max_hparams)
 
+    @property
+    def is_of_the_run(self) -> bool:
+        return True
+
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
     ) -> tuple[InnerState, Pullback]:
@@ -119,6 +123,10 @@ class ForwardSketch(Adjoint):
         _checks.whole("num_directions", self.num_directions)
         lanes.check_distribution(self.distribution)
         lanes.check_chunk_size(self.chunk_size)
+
+    @property
+    def is_of_the_run(self) -> bool:
+        return True
 
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None

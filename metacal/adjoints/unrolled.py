@@ -75,6 +75,10 @@ class Unrolled(Adjoint):
             if value is not None:
                 _checks.whole(name, value)
 
+    @property
+    def is_of_the_run(self) -> bool:
+        return self.window is None
+
     def vjp(
         self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], *, memory: Tree | None = None
     ) -> tuple[InnerState, Pullback]:
@@ -154,7 +158,8 @@ class Unrolled(Adjoint):
             return False
         if steps == 1:  # no state to store, and the step would have to be taken again
             return True
-        (batch,) = read(batches, first, first + 1)
+        with _random.preserved(state.params):  # reading may draw
+            (batch,) = read(batches, first, first + 1)
         step = footprint(solver, state, hparams, batch)
         gradients = max(end - begin for begin, end in segments) * step.params if self._taken_apart(solver, state, hparams) else 0
         # Beside the first states of the segments before, all of a segment's; the very first is the caller's.
@@ -195,8 +200,9 @@ class Unrolled(Adjoint):
                 tape.append(pull)
                 return state
             noise = None
-            for t, batch in enumerate(read(batches, begin, end), begin):
-                noise = _random.same_or(noise, _random.noise(state.params))
+            for t in range(begin, end):
+                noise = _random.same_or(noise, _random.noise(state.params))  # before the batch is read, which may draw too
+                (batch,) = read(batches, t, t + 1)
                 before, grads = state, None
                 if apart:
                     state, grads = apart.step(state, hparams, batch)
@@ -241,10 +247,10 @@ class Unrolled(Adjoint):
 
     def _taken_apart(self, solver: InnerSolver, state: InnerState, hparams: Tree) -> Descent | None:
         """The parts of a step, where its pullback is more than a double backward of the whole of it."""
-        if self.mode not in ("mixed", "auto") or solver.descent is None:
+        if self.mode not in ("mixed", "auto") or (parts := solver.taken_apart) is None:
             return None
-        loss = solver.descent.objective
-        return solver.descent if derivatives.attached(state, hparams) or loss.compiled or loss.num_chunks > 1 else None
+        loss = parts.objective
+        return parts if derivatives.attached(state, hparams) or loss.compiled or loss.num_chunks > 1 else None
 
 
 def _zero(x: Tensor, compact: bool) -> Tensor:

@@ -107,4 +107,9 @@ def objectives(outer: Any, solver: InnerSolver) -> Objectives:
             "`solver` should have a `descent`: these algorithms take a step apart into a gradient and an update. A fixed_point solver has "
             "none; use metacal.descent(objective, optimizer), or metacal.nested with adjoints.Implicit."
         )
+    if solver.taken_apart is None:
+        raise ValueError(
+            "`solver` should take the step that its descent makes, which these algorithms take apart; this one's is another (one that "
+            "was wrapped). Put what wraps it into the optimizer, or use metacal.nested with adjoints.Unrolled."
+        )
     return Objectives(outer, solver.descent)
