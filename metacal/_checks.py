@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -101,6 +101,12 @@ def pair(name: str, value: Any, what: str) -> tuple[Any, Any]:
     if not (isinstance(value, tuple) and len(value) == 2):
         raise TypeError(f"`{name}` should return {what}, got {type(value).__name__}.")
     return value
+
+
+def one_of(name: str, value: Any, choices: Any) -> None:
+    """Raises ValueError unless ``value`` is one of the values of a Literal."""
+    if value not in get_args(choices):
+        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}.")
 
 
 def whole(name: str, value: Any, at_least: int = 1) -> None:

@@ -283,6 +283,9 @@ def proximal(objective: Objective, optimizer: OptimizerLike, strength: float | T
     Source: Rajeswaran et al. 2019 (arXiv 1909.04630), equation 3.
     """
 
+    if not isinstance(strength, Tensor) and not strength >= 0:
+        raise ValueError(f"`strength` should not be negative, which would push the params away from the anchor; got {strength}.")
+
     def tied(params: Tree, hparams: Tree, batch: Tree, /) -> Tensor:
         distance = tree.sub(params, anchor(hparams))
         return objective(params, hparams, batch) + 0.5 * strength * tree.vdot(distance, distance)

@@ -353,7 +353,7 @@ def test_shared_statistics_are_those_of_all_tasks(where: Any) -> None:
             h = p.network.encode(represents, flat)
             r = h if where == "encoder" else p.network.project(represents, h)
             z = weights(phi, r, V) @ V.T
-            return p.network.project(theta, z) if where == "encoder" else z  # behind the calibration, the trained projector
+            return p.network.project(represents, z) if where == "encoder" else z  # each network's own projector ends what it makes
 
         assert p.network.predict is not None
         z, fixed = project(theta), project({**theta, **state.target}).detach()
@@ -986,8 +986,8 @@ def test_bfloat16_is_close_to_float32(reading: Any, run_tasks: Any, objective: S
         (lambda: PerTask(()), r"one objective for every task, got none"),
         (lambda: problem(deal="clusters").batch(images(), ()), r"`theta` should be the network's params.*'clusters'"),
         (lambda: take_one(problem(num_tasks=3, deal="given")), r"N = 8 samples do not make K = 3 equal tasks"),
-        (lambda: Stage(-0.1), r"`steps` and `lr` should not be negative"),
-        (lambda: Stage(0.1, -1), r"`steps` and `lr` should not be negative"),
+        (lambda: Stage(-0.1), r"`lr` and `strength` should not be negative"),
+        (lambda: Stage(0.1, -1), r"`steps` should be an integer of at least 0"),
     ],
 )
 def test_errors_say_what_to_do(attempt: Callable[[], Any], message: str) -> None:

@@ -17,7 +17,7 @@ from metacal import nets, objectives, optim, tc2, tree
 from metacal._typing import Tree
 from metacal.adjoints import FirstOrder, Unrolled
 from metacal.nets.vit import positions
-from metacal.objectives import DINO, MAE, MoCo, Outputs, SIGReg, SSLObjective, SwAV
+from metacal.objectives import BYOL, DINO, MAE, MoCo, Outputs, SIGReg, SimCLR, SSLObjective, SwAV
 from metacal.train import experiment
 from metacal.train.build import build
 from metacal.train.config import Config
@@ -464,3 +464,56 @@ def test_losses_of_lightly_are_a_setting(tmp_path: Path) -> None:
     assert config.objective == objectives.Lightly("NTXentLoss", {"temperature": 0.3})
     path.write_text(to_yaml(config))
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize("objective", [BYOL(), MoCo(queue_size=12), DINO(), SimCLR()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("name", METHODS)
+def test_without_a_calibrator_it_is_all_one_where_it_would_be(name: str, objective: SSLObjective) -> None:
+    """Also for the target network, whose own projector ends what it makes: both ways are one function of the images."""
+    x, states = torch.randn(12, 4, 1, 4, 4), []
+    for where in ("projector", "encoder"):
+        torch.manual_seed(0)
+        p = problem(objective, tc2.Identity(), where=where, momentum=0.5)
+        method = METHODS[name](p)
+        state = method.init()
+        for _ in range(3):
+            state, _ = method.step(state, x)
+        states.append((state.theta, state.target))
+        assert all(value.isfinite() for value in tc2.measure(p, state, x).scalars.values())
+    close(states[1], states[0], 1e-12)
+
+
+def test_a_calibrated_encoder_asks_for_the_target_network() -> None:
+    p = problem(BYOL(), tc2.Identity(), where="encoder")
+    state = tc2.base(p, optim.sgd(0.1)).init()
+    batch = p.together(torch.randn(6, 4, 1, 4, 4), state.target)
+    with pytest.raises(ValueError, match="`target` should hold the EMA target network's params"):
+        p.loss(state.theta, {}, torch.zeros(()), batch)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("where", "enc", "`where` should be one of 'projector', 'encoder', got 'enc'"),
+        ("deal", "cluster", "`deal` should be one of 'random', 'given', 'clusters', got 'cluster'"),
+        ("statistics", "tasks", "`statistics` should be one of 'task', 'batch', got 'tasks'"),
+        ("split_by", "view", "`split_by` should be one of 'views', 'samples', got 'view'"),
+        ("num_tasks", 0, "`num_tasks` should be an integer of at least 1, got 0"),
+        ("momentum", 2.0, "`momentum` should lie between 0 .* and 1"),
+    ],
+)
+def test_a_field_of_a_problem_is_looked_at_where_it_is_stored(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        problem(SimCLR(), tc2.Identity(), **{field: value})
+
+
+def test_stages_and_sizes_are_looked_at_too() -> None:
+    with pytest.raises(ValueError, match="`lr` and `strength` should not be negative"):
+        tc2.Stage(0.1, strength=-1.0)
+    with pytest.raises(ValueError, match="`steps` should be an integer"):
+        tc2.Stage(0.1, steps=1.5)
+    with pytest.raises(ValueError, match="`strength` should not be negative"):
+        metacal.proximal(lambda w, h, b: w.sum(), optim.sgd(0.1), -1.0, anchor=lambda h: h)
+    net = tc2.network(nets.ConvEncoder(1, 8, 8), SimCLR(), dim=16)
+    with pytest.raises(ValueError, match=r"`encoder` should map \[b, C, H, W\] to \[b, 16\]"):
+        net.encode(net.params, torch.zeros(2, 1, 8, 8))

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +68,7 @@ class Unrolled(Adjoint):
     offload: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"`mode` should be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
+        _checks.one_of("mode", self.mode, Mode)
         for name in ("window", "segment"):
             value = getattr(self, name)
             if value is not None:

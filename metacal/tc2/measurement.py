@@ -15,7 +15,7 @@ from metacal.inner import descent, run
 from metacal.optim import sgd
 from metacal.tc2.calibrate import Identity
 from metacal.tc2.conflict import cosines, measure_conflict, monitors, transfer_matrix
-from metacal.tc2.method import MethodState
+from metacal.tc2.method import MethodState, present
 from metacal.tc2.problem import Batch, Problem, Views
 
 
@@ -43,7 +43,7 @@ def measure(problem: Problem, state: MethodState, views: Tensor, *, lr: float = 
 
     Cost: 2 K gradients (3 K with a calibrator), K runs of ``steps``, K (K + 1) query losses.
     """
-    problem = replace(problem, carry=state.carry)
+    problem = present(problem, state)
     with torch.random.fork_rng(devices=[views.device] if views.is_cuda else []):
         batch = problem.batch(views, state.target, state.theta)
         again = replace(problem, deal="random").batch(views, state.target)

@@ -55,6 +55,11 @@ def initial(problem: Problem, optimizer: GradientTransformation, calibrator_opti
     return MethodState(theta, optimizer.init(theta), phi, phi_opt, problem.init_target(theta), torch.tensor(0), carry)
 
 
+def present(problem: Problem, state: MethodState) -> Problem:
+    """The problem of the iteration at hand, with its target network and the objective's state."""
+    return replace(problem, carry=state.carry, target=state.target)
+
+
 def ended(problem: Problem, state: MethodState) -> MethodState:
     """The end of an iteration: the target follows, the count goes up."""
     target = state.target
@@ -69,7 +74,7 @@ def base(problem: Problem, optimizer: GradientTransformation) -> Method:
     nothing = torch.zeros(())  # the identity reads no factors
 
     def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
-        batch, now = plain.together(views, state.target), replace(plain, carry=state.carry)
+        batch, now = plain.together(views, state.target), present(plain, state)
         loss, _, (gradient,) = derivatives.value_and_grad(lambda theta: (now.loss(theta, {}, nothing, batch), None), state.theta)
         state = state._replace(carry=now.next_carry(state.theta, {}, nothing, tree.map(lambda x: x[None], batch)))
         theta, theta_opt = optim.moved(optimizer, gradient, state.theta_opt, state.theta)
@@ -88,7 +93,7 @@ def project_conflicts(problem: Problem, optimizer: GradientTransformation, surge
     plain, nothing = replace(problem, calibrator=Identity()), torch.zeros(())
 
     def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
-        batch, now = problem.whole(problem.split(views, state.theta), state.target), replace(plain, carry=state.carry)
+        batch, now = problem.whole(problem.split(views, state.theta), state.target), present(plain, state)
         losses, gradients = [], []
         for k in range(problem.num_tasks):
             loss, _, (gradient,) = derivatives.value_and_grad(

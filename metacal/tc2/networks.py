@@ -97,7 +97,12 @@ def network(
     def encode(theta: Tree, x: Tensor) -> Tensor:
         flat = x.reshape(-1, *x.shape[-3:])  # any encoder of [b, C, H, W]
         with images_fit(x):
-            return parts["encoder"].apply(theta["encoder"], flat).reshape(*x.shape[:-3], dim)
+            h: Tensor = parts["encoder"].apply(theta["encoder"], flat)
+        if h.shape != (len(flat), dim):
+            raise ValueError(
+                f"`encoder` should map [b, C, H, W] to [b, {dim}], as `dim` = {dim} says; it maps {tuple(flat.shape)} to {tuple(h.shape)}."
+            )
+        return h.reshape(*x.shape[:-3], dim)
 
     return Network(_params(parts), encode, apply("projector"), apply(after[0]) if after else None, _write(parts), dim, d)
 

@@ -9,11 +9,16 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
-from metacal import tasks, tree
+from metacal import _checks, tasks, tree
 from metacal._typing import Tree
 from metacal.objectives import Outputs, SSLObjective
 from metacal.tc2.calibrate import Calibrator, Identity
 from metacal.tc2.networks import Network
+
+Where = Literal["projector", "encoder"]
+SplitBy = Literal["views", "samples"]
+Deal = Literal["random", "given", "clusters"]
+Statistics = Literal["task", "batch"]
 
 
 class Views(NamedTuple):
@@ -98,21 +103,33 @@ class Problem:
             "clusters" of the encoder's outputs at theta on each sample's first view, see :func:`metacal.tasks.clusters` [O].
         statistics: what BatchNorm in a head sees: the samples of the "task" at hand, or those of all tasks, the "batch" [O]. The latter
             takes every sample through the network with every task: K times the work of a stage.
-        carry: the objective's state in the iteration at hand (a queue, a centre); methods replace it in every one.
+        carry, target: the objective's state (a queue, a centre) and the EMA target network's params in the iteration at hand;
+            methods replace both in every one.
+
+    Errors:
+        ValueError: a field is none of its values; :class:`PerTask` holds another number of objectives than there are tasks.
     """
 
     network: Network
     objective: SSLObjective
     calibrator: Calibrator = Identity()
-    where: Literal["projector", "encoder"] = "projector"
+    where: Where = "projector"
     num_tasks: int = 4
-    split_by: Literal["views", "samples"] = "views"
+    split_by: SplitBy = "views"
     momentum: float = 0.99
-    deal: Literal["random", "given", "clusters"] = "random"
-    statistics: Literal["task", "batch"] = "task"
+    deal: Deal = "random"
+    statistics: Statistics = "task"
     carry: Tree = ()
+    target: Tree = ()
 
     def __post_init__(self) -> None:
+        _checks.one_of("where", self.where, Where)
+        _checks.one_of("split_by", self.split_by, SplitBy)
+        _checks.one_of("deal", self.deal, Deal)
+        _checks.one_of("statistics", self.statistics, Statistics)
+        _checks.whole("num_tasks", self.num_tasks)
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"`momentum` should lie between 0 (the target is the network itself) and 1 (it stays), got {self.momentum}.")
         if isinstance(self.objective, PerTask) and len(self.objective.objectives) != self.num_tasks:
             raise ValueError(
                 f"`objective` should hold one objective for each of the K = {self.num_tasks} tasks, got "
@@ -172,10 +189,18 @@ class Problem:
         elif self.network.decode is not None:
             outputs = Outputs(z, *self.network.decode(theta, z, target))
         else:
-            outputs = Outputs(z, p, self._finish(theta, self.calibrator.calibrate(phi, target, V)).detach())
+            outputs = Outputs(z, p, self._finish(self._target(), self.calibrator.calibrate(phi, target, V)).detach())
         if self.statistics == "batch":  # the task's own samples are the first
             outputs = tree.map(lambda out: out[: len(out) // self.num_tasks], outputs)
         return outputs
+
+    def _target(self) -> Tree:
+        if self.where == "encoder" and not tree.leaves(self.target):
+            raise ValueError(
+                "`target` should hold the EMA target network's params where what is calibrated is the encoder's output, as its own "
+                "projector reads that; got none. Use dataclasses.replace(problem, target=state.target)."
+            )
+        return self.target
 
     def _finish(self, theta: Tree, calibrated: Tensor) -> Tensor:
         return calibrated if self.where == "projector" else self.network.project(theta, calibrated)

@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import derivatives, optim, tree
+from metacal import _checks, derivatives, optim, tree
 from metacal._typing import Objective, Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.batches import repeat
@@ -35,7 +35,7 @@ from metacal.optim import GradientTransformation, sgd
 from metacal.tc2.calibrate import Identity, Networks
 from metacal.tc2.factors import check_num_factors
 from metacal.tc2.losses import CalibrationLoss, stable
-from metacal.tc2.method import Method, MethodState, ended, initial
+from metacal.tc2.method import Method, MethodState, ended, initial, present
 from metacal.tc2.pairing import judged, pairing_matrix
 from metacal.tc2.problem import Problem, Views, per_task
 
@@ -57,8 +57,9 @@ class Stage:
     strength: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.lr < 0:
-            raise ValueError(f"`steps` and `lr` should not be negative, got {self.steps} and {self.lr}.")
+        _checks.whole("steps", self.steps, 0)
+        if self.lr < 0 or (self.strength is not None and self.strength < 0):
+            raise ValueError(f"`lr` and `strength` should not be negative, got {self.lr} and {self.strength}.")
 
     def meta(self, outer: Objective, inner: Objective, optimizer: GradientTransformation, tasks: Tasks) -> BilevelOptimizer:
         """The stage as the meta-learning of an initialisation."""
@@ -122,7 +123,7 @@ def paper(
         return initial(problem, optimizer, calibrator_optimizer)
 
     def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
-        now = replace(without if int(state.step) < warmup else problem, carry=state.carry)
+        now = present(without if int(state.step) < warmup else problem, state)
         support, query = problem.batch(views, state.target, state.theta)
         state, V, metrics = _calibrated(now, state, support, query, calibrate)
 
@@ -146,7 +147,7 @@ def paper(
         return ended(problem, state), metrics
 
     def calibrate(state: MethodState, represented: _Calibration) -> tuple[MethodState, dict[str, Tensor]]:
-        now = replace(problem, carry=state.carry)
+        now = present(problem, state)
 
         def objective(phi: Tree, Z: Tensor, views: Views) -> Tensor:
             V = problem.calibrator.factors(phi, Z)
@@ -203,7 +204,7 @@ def lookahead(
         return initial(problem, optimizer, calibrator_optimizer)
 
     def step(state: MethodState, views: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
-        now = replace(without if int(state.step) < warmup else problem, carry=state.carry)
+        now = present(without if int(state.step) < warmup else problem, state)
         support, query = problem.batch(views, state.target, state.theta)
         state, V, metrics = _calibrated(now, state, support, query, lambda state, r: calibrate(state, support, query, r.Z))
         loss, _, (gradient,) = derivatives.value_and_grad(
@@ -214,7 +215,7 @@ def lookahead(
         return ended(problem, state._replace(theta=theta, theta_opt=theta_opt, carry=carry)), {"loss": loss, **metrics}
 
     def calibrate(state: MethodState, support: Views, query: Views, Z: Tensor) -> tuple[MethodState, dict[str, Tensor]]:
-        now = replace(problem, carry=state.carry)
+        now = present(problem, state)
 
         def ssl(theta: Tree, phi: Tree, views: Views) -> Tensor:
             V = problem.calibrator.factors(phi, Z)
