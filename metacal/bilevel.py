@@ -9,14 +9,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from metacal import _random, optim, tree
+from metacal import _checks, _random, derivatives, optim, tree
 from metacal._device import device_of
 from metacal._fastest import fastest
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint
+from metacal.batches import listed
 from metacal.estimate import HyperGradient, check_parts, differentiate
 from metacal.inner import InnerSolver, InnerState
-from metacal.optim import OptimizerLike
+from metacal.linear.base import extremes
+from metacal.optim import GradientTransformation, OptimizerLike
 
 
 class BilevelState(NamedTuple):
@@ -41,11 +43,15 @@ Tasks = Literal["one", "loop", "vmap", "auto"]
 _Estimate = Callable[[InnerState, Tree, Sequence[Tree], Tree], HyperGradient]
 
 
+_Init = Callable[[Tree, Tree], BilevelState]
+_Step = Callable[[BilevelState, Sequence[Tree], Tree], tuple[BilevelState, HyperGradient]]
+
+
 class BilevelOptimizer(NamedTuple):
     """``init(params, hparams) -> BilevelState`` and ``step(state, inner_batches, outer_batch) -> (BilevelState, HyperGradient)``."""
 
-    init: Callable[[Tree, Tree], BilevelState]
-    step: Callable[[BilevelState, Sequence[Tree], Tree], tuple[BilevelState, HyperGradient]]
+    init: _Init
+    step: _Step
 
 
 def nested(outer: Any, solver: InnerSolver, adjoint: Adjoint, optimizer: OptimizerLike, *, warm_start: bool = True) -> BilevelOptimizer:
@@ -66,14 +72,17 @@ def nested(outer: Any, solver: InnerSolver, adjoint: Adjoint, optimizer: Optimiz
 
     def init(params: Tree, hparams: Tree) -> BilevelState:
         inner = solver.init(params, hparams)
-        return BilevelState(inner, hparams, transformation.init(hparams), (), torch.tensor(0))
+        return BilevelState(inner, hparams, transformation.init(hparams), adjoint.init_memory(inner.params), torch.tensor(0))
 
     def step(state: BilevelState, inner_batches: Sequence[Tree], outer_batch: Tree) -> tuple[BilevelState, HyperGradient]:
-        hg, memory = differentiate(outer, solver, adjoint, state.inner, state.hparams, inner_batches, outer_batch, state.adjoint)
-        hparams, opt_state = optim.moved(transformation, hg.hparams, state.opt_state, state.hparams)
+        memory = state.adjoint
+        if tree.leaves(memory) and not derivatives.transforming() and state.step == 0:
+            memory = ()  # zeros, from where a linear solve would take one product more than from nothing
+        hg, memory = differentiate(outer, solver, adjoint, state.inner, state.hparams, inner_batches, outer_batch, memory)
+        hparams, opt_state = _moved("hparams", transformation, hg.hparams, state.opt_state, state.hparams)
         return BilevelState(hg.state if warm_start else state.inner, hparams, opt_state, memory, state.step + 1), hg
 
-    return BilevelOptimizer(init, step)
+    return _framed(init, step)
 
 
 def meta_initialisation(
@@ -95,16 +104,18 @@ def meta_initialisation(
             ``FirstOrder()``); an implicit one only with a :func:`metacal.proximal` solver (iMAML). Such a solver's anchor is
             the initialisation: solver and outer objective see the initial params as their hparams, so hparams must be empty.
         tasks: with "loop" or "vmap" every leaf of the batches has a leading task axis; the outer objective, its gradient and
-            aux are means over the tasks, stats the largest, and the returned state has the task axis. "vmap" runs the tasks
-            together, which pays on a GPU and for small networks. "auto" runs both ways twice at the first step and stays with the
-            faster one: the last digits then depend on the machine.
+            aux (as floating numbers) are means over the tasks, stats the largest (of ``curvature_min`` the lowest), and the
+            returned state has the task axis. "vmap" runs the tasks together, which pays on a GPU and for small networks. "auto" runs
+            both ways twice at the first step and stays with the faster one: the last digits then depend on the machine.
 
-    Errors: an adjoint that does not estimate that derivative is refused.
+    Errors: at the first step, an adjoint that does not estimate that derivative is refused (one with a window, if the run is longer);
+    so are leaves of the batches whose task axes differ.
 
     Source: Finn et al. 2017 (arXiv 1703.03400); Rajeswaran et al. 2019 (arXiv 1909.04630).
     """
     if tasks not in get_args(Tasks):
         raise ValueError(f"`tasks` should be 'one', 'loop', 'vmap' or 'auto', got {tasks!r}.")
+    check_parts(solver, adjoint)
     transformation = optim.resolve(optimizer, ())
     of_hparams = None if hparams_optimizer is None else optim.resolve(hparams_optimizer, ())
     found: list[str] = []  # which way was the faster one
@@ -125,6 +136,10 @@ def meta_initialisation(
         start = state.inner.params
         hparams = start if solver.anchor is not None else state.hparams
         given = (state.inner, hparams, inner_batches, outer_batch)
+        if tasks != "one":
+            _checks.batches(inner_batches)
+            given = (state.inner, hparams, listed(inner_batches), outer_batch)
+            _check_tasks(inner_batches=given[2], outer_batch=outer_batch)
         if tasks == "auto" and not found:
             with _random.preserved(start):
                 ways = {name: partial(way, estimate, *given) for name, way in _WAYS.items() if name != "one"}
@@ -132,27 +147,93 @@ def meta_initialisation(
         hg = _WAYS[found[0] if found else tasks](estimate, *given)
         meta_gradient = _of_initial_params(hg, solver.anchor is not None)
         if of_hparams is None:
-            params, opt_state = optim.moved(transformation, meta_gradient, state.opt_state, start)
+            params, opt_state = _moved("inner.params", transformation, meta_gradient, state.opt_state, start)
             learned = state.hparams
         else:
-            params, params_state = optim.moved(transformation, meta_gradient, state.opt_state[0], start)
-            learned, hparams_state = optim.moved(of_hparams, hg.hparams, state.opt_state[1], state.hparams)
+            params, params_state = _moved("inner.params", transformation, meta_gradient, state.opt_state[0], start)
+            learned, hparams_state = _moved("hparams", of_hparams, hg.hparams, state.opt_state[1], state.hparams)
             opt_state = (params_state, hparams_state)
         return BilevelState(state.inner._replace(params=params), learned, opt_state, state.adjoint, state.step + 1), hg
 
-    return BilevelOptimizer(init, step)
+    return _framed(init, step)
+
+
+def _framed(init: _Init, step: _Step) -> BilevelOptimizer:
+    """The pair. Outside of transforms it follows no graph and leaves none, so that memory does not grow over outer steps."""
+
+    def cut(value: Any) -> Any:
+        return derivatives.released(value, derivatives.transforming())
+
+    def framed_init(params: Tree, hparams: Tree) -> BilevelState:
+        state: BilevelState = cut(init(*cut((params, hparams))))
+        return state
+
+    def framed_step(state: BilevelState, inner_batches: Sequence[Tree], outer_batch: Tree) -> tuple[BilevelState, HyperGradient]:
+        if not isinstance(state, BilevelState):
+            raise TypeError(f"`state` should be a BilevelState, got {type(state).__name__}. Make one with init(params, hparams).")
+        after: tuple[BilevelState, HyperGradient] = cut(step(cut(state), inner_batches, outer_batch))
+        return after
+
+    return BilevelOptimizer(framed_init, framed_step)
+
+
+def _moved(which: str, transformation: GradientTransformation, gradient: Tree, opt_state: Tree, values: Tree) -> tuple[Tree, Tree]:
+    """The outer optimizer's step on the part of the state that ``which`` names."""
+    try:
+        moved, after = optim.moved(transformation, gradient, opt_state, values)
+    except Exception:
+        _check_made_for(which, transformation, opt_state, values)
+        raise
+    if _shapes((moved, after)) != _shapes((values, opt_state)):  # one of another shape may broadcast
+        _check_made_for(which, transformation, opt_state, values)
+    return moved, after
+
+
+def _shapes(value: Tree) -> list[torch.Size]:
+    return [x.shape for x in tree.leaves(value) if isinstance(x, Tensor)]
+
+
+def _check_made_for(which: str, transformation: GradientTransformation, opt_state: Tree, values: Tree) -> None:
+    shaped = lambda state: tree.map(lambda x: x if tree.is_tensor(x) else torch.empty(()), state)  # noqa: E731
+    try:
+        _checks.same_structure("opt_state", shaped(opt_state), f"optimizer.init({which})", shaped(transformation.init(values)))
+    except ValueError as difference:
+        raise ValueError(
+            f"`state` should have an `opt_state` made for its `{which}`. {difference} Make the state with init(params, hparams), or load "
+            "what the same problem saved."
+        ) from None
+
+
+def _check_tasks(**batches: Tree) -> None:
+    """Raises unless every leaf has a first axis of one length, that of the tasks."""
+    found: dict[int, str] = {}
+    for name, batch in batches.items():
+        for path, leaf in zip(tree.paths(batch), tree.leaves(batch), strict=True):
+            where = f"`{name}`" + (f" at '{path}'" if path else "")
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+                got = "a 0-dim tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise TypeError(
+                    f"{where} should be a tensor with a leading task axis, got {got}. Repeat what all tasks share: "
+                    "torch.full((num_tasks,), value)."
+                )
+            found.setdefault(len(leaf), where)
+    if not any(found):
+        raise ValueError("`inner_batches` and `outer_batch` should hold the data of at least one task, got none. Or pass tasks='one'.")
+    if len(found) > 1:
+        lengths = " and ".join(f"{n} at {where}" for n, where in found.items())
+        raise ValueError(f"`inner_batches` and `outer_batch` should have one task axis, the first of every leaf; its length is {lengths}.")
 
 
 def _together(estimate: _Estimate, inner: InnerState, hparams: Tree, inner_batches: Sequence[Tree], outer_batch: Tree) -> HyperGradient:
-    return _over_tasks(
-        torch.func.vmap(estimate, in_dims=(None, None, 0, 0), randomness="different")(inner, hparams, inner_batches, outer_batch)
-    )
+    leaves, treedef = tree.flatten((inner_batches, outer_batch))  # vmap refuses a None
+    one = lambda leaves: estimate(inner, hparams, *tree.unflatten(treedef, leaves))  # noqa: E731
+    return _over_tasks(torch.func.vmap(one, randomness="different")(leaves))
 
 
 def _in_a_loop(estimate: _Estimate, inner: InnerState, hparams: Tree, inner_batches: Sequence[Tree], outer_batch: Tree) -> HyperGradient:
-    num_tasks = tree.leaves(outer_batch)[0].shape[0]
-    at = [(tree.index(list(inner_batches), k), tree.index(outer_batch, k)) for k in range(num_tasks)]
-    return _over_tasks(tree.stack([estimate(inner, hparams, i, o) for i, o in at]))
+    batches = (inner_batches, outer_batch)
+    num_tasks = len(tree.leaves(batches)[0])
+    return _over_tasks(tree.stack([estimate(inner, hparams, *tree.index(batches, k)) for k in range(num_tasks)]))
 
 
 _WAYS: dict[str, Callable[..., HyperGradient]] = {
@@ -162,9 +243,17 @@ _WAYS: dict[str, Callable[..., HyperGradient]] = {
 }
 
 
+# A task whose linear solver met no curvature, NaN, does not hide that of another.
+_WORST: dict[str, Callable[[Tensor], Tensor]] = {
+    "curvature_min": lambda x: extremes(x)[0],
+    "curvature_max": lambda x: extremes(x)[1],
+}
+
+
 def _over_tasks(hg: HyperGradient) -> HyperGradient:
-    mean = lambda value: tree.map(lambda x: x.mean(0), value)  # noqa: E731
-    worst = tree.map(lambda x: x.amax(0), hg.stats)
+    floating = lambda x: None if tree.is_floating(x) else torch.get_default_dtype()  # noqa: E731
+    mean = lambda value: tree.map(lambda x: x.mean(0, dtype=floating(x)), value)  # noqa: E731
+    worst = {name: _WORST.get(name, lambda x: x.amax(0))(x) for name, x in hg.stats.items()}
     return HyperGradient(hg.value.mean(0), mean(hg.hparams), mean(hg.params), hg.state, worst, mean(hg.aux))
 
 

@@ -109,16 +109,28 @@ def mean(trees: list[Tree]) -> Tree:
 
 
 def vdot(a: Tree, b: Tree) -> Tensor:
-    """The inner product, a 0-dim tensor (0 for empty trees)."""
+    """The inner product ``Re <a, b>``, a real 0-dim tensor (0 for empty trees), of half precision leaves in float32."""
     # .sum() of the product and not torch.dot: leaves have any shape, and 0-dim ones are welcome.
-    products = [(x * y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]
+    products = [_product(x, y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]
     if len(products) == 1:
         return products[0]
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """``Re conj(x) y``, elementwise."""
+    if x.is_complex() or y.is_complex():
+        return (x.conj() * y).real
+    return _wide(x) * _wide(y)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision as float32: in float16 the square of 300 is infinite, that of 1e-4 zero."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def norm(a: Tree) -> Tensor:
-    """The Euclidean norm of all leaves together, a 0-dim tensor.
+    """The Euclidean norm of all leaves together, a real 0-dim tensor, of half precision leaves in float32.
 
     Its first and second derivatives at zero are zero: sqrt's would be infinite.
     """
@@ -141,9 +153,9 @@ def clone(tree: Tree) -> Tree:
 
 
 def to(tree: Tree, target: torch.device | torch.dtype | str) -> Tree:
-    """Moves every tensor to a device, or casts the floating ones to a dtype (integer leaves keep theirs)."""
+    """Moves every tensor to a device, or casts the floating ones to a dtype: complex ones to its complex, integers keep theirs."""
     if isinstance(target, torch.dtype):
-        return map(lambda leaf: leaf.to(target) if is_floating(leaf) else leaf, tree)
+        return map(lambda leaf: leaf.to(target.to_complex() if leaf.is_complex() else target) if is_floating(leaf) else leaf, tree)
     return map(lambda leaf: leaf.to(target) if isinstance(leaf, Tensor) else leaf, tree)
 
 

@@ -383,13 +383,21 @@ def test_directions_and_noise_from_one_generator_are_not_judged() -> None:
         assert "dropout" in str(result)
 
 
-def test_a_closure_is_found() -> None:
+@pytest.mark.parametrize(
+    "adjoint",
+    [adjoints.Unrolled(), adjoints.Unrolled(window=2), adjoints.FirstOrder(), adjoints.Forward(), adjoints.Implicit(linear.CG(3))],
+    ids=describe,
+)
+def test_a_closure_is_found(adjoint: Adjoint) -> None:
+    """Also by a method that estimates the initial params, whose part is right and not zero."""
     p, copy = PROBLEMS["ridge_scalar"], PROBLEMS["ridge_scalar"].hparams
-    closed = dataclasses.replace(p, inner=lambda w, h, b: p.inner(w, copy, b))
-    result = checked(closed, adjoints.Unrolled())
-    assert any(d.which == "hparams" and d.exact.value == 0 for d in result.directions)
-    assert "close" in str(checked(closed, adjoints.Forward()))
-    assert checked(closed, adjoints.Forward()).verdict == "no effect"
+    result = checked(dataclasses.replace(p, inner=lambda w, h, b: p.inner(w, copy, b)), adjoint)
+    assert (result.verdict, result.ok) == ("no effect", False), result
+    assert "close over a copy" in str(result)
+
+
+def test_a_leaf_that_nothing_uses_is_pointed_out() -> None:
+    p = PROBLEMS["ridge_scalar"]
     unused = dataclasses.replace(p, hparams={**p.hparams, "unused": f64(1.0)})
     result = checked(unused, adjoints.Unrolled())
     assert result.verdict == "right"
@@ -400,6 +408,34 @@ def test_nothing_to_check_says_so() -> None:
     p = dataclasses.replace(PROBLEMS["zero_dim"], inner=lambda w, h, b: w**2, outer=lambda w, h, b: w, hparams={})
     assert checked(p, adjoints.Unrolled(window=1)).verdict == "no effect"
     assert checked(p, adjoints.Unrolled()).verdict == "right"
+
+
+def test_a_start_that_is_forgotten_agrees_to_rounding() -> None:
+    """One step solves the inner problem: the derivative by the initial params is zero, and so is every error of it."""
+    p = dataclasses.replace(PROBLEMS["zero_dim"], inner=lambda w, h, b: (w - h) ** 2, outer=lambda w, h, b: w**3)
+    result = checked(p, adjoints.Unrolled(), solver=metacal.descent(p.inner, optim.sgd(0.5)))
+    assert result.verdict == "right"
+    assert all(d.estimate == 0 for d in result.directions if d.which == "params")
+    found = result.headline.rsplit(" ", 1)[1].rstrip(".")
+    assert float(found) < 1e-6, result
+
+
+class Conjugating(Wrapped):
+    def spoiled(self, found: Cotangents) -> Cotangents:
+        return found._replace(hparams=found.hparams.conj().resolve_conj())
+
+
+def test_complex_hparams_are_checked_in_both_of_their_parts() -> None:
+    h = torch.tensor([1 + 2j, 0.5 - 1j], dtype=torch.complex128)
+    inner = lambda w, h, b: (w - h.abs() ** 2).square().sum() + (w * h.imag).sum()  # noqa: E731
+    p = dataclasses.replace(PROBLEMS["zero_dim"], inner=inner, outer=lambda w, h, b: w.square().sum(), params=f64(0.1, 0.2), hparams=h)
+    solver = metacal.descent(inner, optim.sgd(0.1))
+    right = checked(p, adjoints.Unrolled(), solver=solver)
+    assert right.verdict == "right", right
+    assert right.relative_error < 1e-10
+    wrong = checked(p, Conjugating(adjoints.Unrolled()), solver=solver)
+    assert (wrong.verdict, wrong.ok) == ("wrong", False), wrong
+    assert wrong.relative_error > 0.1
 
 
 class Lying(linear.LinearSolver):

@@ -226,6 +226,31 @@ def test_moves_at_zero_gradient(optimizer: Any, moves: bool) -> None:
     assert seen == [moves]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [
+        (optim.adamw(1e-6), torch.float32),
+        (optim.adamw(1e-5, weight_decay=1e-3), torch.float32),
+        (optim.adamw(1e-3), torch.bfloat16),
+        (optim.chain(optim.add_decayed_weights(0.01), optim.sgd(0.1)), torch.bfloat16),
+        (lambda h: optim.sgd(h["lr"], weight_decay=1e-3), torch.float16),
+    ],
+)
+def test_a_decay_that_one_step_rounds_away_moves_all_the_same(optimizer: Any, dtype: torch.dtype) -> None:
+    params, rate = torch.zeros(2, dtype=dtype), {"lr": torch.tensor(1e-3, dtype=dtype)}
+    assert optim.moves_at_zero_gradient(optimizer, rate, params)
+    built = optim.resolve(optimizer, rate)
+    ones = torch.ones_like(params)
+    assert torch.equal(optim.moved(built, params, built.init(ones), ones)[0], ones)
+
+
+def test_an_update_in_one_precision_is_looked_at_in_it() -> None:
+    matrix = torch.eye(2)
+    for rate, moves in ((0.0, False), (0.1, True)):
+        rotated = foreign(lambda g, s, w, rate=rate: (-(matrix @ g) - rate * (matrix @ w), s))
+        assert optim.moves_at_zero_gradient(rotated, (), torch.zeros(2)) is moves
+
+
 # Bad input
 
 

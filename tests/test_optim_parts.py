@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacfwd, jacrev, vmap
 
 import metacal
 from metacal import optim, tree
@@ -67,6 +67,24 @@ def test_clipping_a_zero_or_broken_gradient() -> None:
     by_schedule = optim.clip_by_global_norm(lambda t: 1.0 + t)
     state = by_schedule.init(torch.ones(1))._replace(step=torch.tensor(2))
     assert by_schedule.update(torch.tensor([10.0]), state)[0].item() == pytest.approx(3.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3, 10.0, 300.0])
+def test_norms_in_half_precision(dtype: torch.dtype, size: float) -> None:
+    """The square of 300 is infinite in float16, that of 1e-4 zero."""
+    g = torch.full((1000,), size, dtype=dtype)  # of norm 31.6 size
+
+    def update(optimizer: Any, g: Tensor) -> Tensor:
+        w = torch.ones_like(g)
+        return optimizer.update(g, optimizer.init(w), params=w)[0]
+
+    clip, lars, lamb = optim.clip_by_global_norm(3.0 * size), optim.lars(1.0, 0.0, weight_decay=0.0), optim.lamb(1.0)
+    for optimizer in (clip, lars, lamb) if 1e-3 <= size <= 10 else (clip, lars):  # lamb's state has squares of its own
+        found = update(optimizer, g)
+        assert found.dtype == dtype
+        expected = update(optimizer, g.double())
+        assert relative_error(found, expected) < 0.03  # a factor of 3e-6 has few digits in float16
 
 
 def test_chains_of_ours_are_ours() -> None:
@@ -275,6 +293,20 @@ def test_schedules_are_torchs_and_differentiated(name: str) -> None:
     plain = central_differences(lambda x: weighted({k: float(v) for k, v in x.items()}), leaves)
     assert all(abs(float(leaf)) > 1e-4 for leaf in plain.values())
     assert relative_error(grad(weighted)(leaves), plain) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "make", [schedules.Exponential, lambda a, g: schedules.Step(a, 1, g), lambda a, g: schedules.MultiStep(a, (1, 2), g)]
+)
+def test_a_factor_of_zero_has_a_second_derivative(make: Callable[..., Any]) -> None:
+    """a g^n at g = 0: the second derivative by g is 2 a where n = 2, else 0."""
+    for t in (0.0, 1.0, 2.0):
+        value = lambda g, t=t: make(0.5, g)(torch.tensor(t, dtype=F64))  # noqa: E731
+        zero = torch.tensor(0.0, dtype=F64)
+        assert float(value(zero)) == (0.5 if t == 0 else 0.0)
+        assert float(grad(value)(zero)) == (0.5 if t == 1 else 0.0)
+        for second in (grad(grad(value)), jacfwd(grad(value)), jacrev(jacrev(value))):
+            assert float(second(zero)) == (1.0 if t == 2 else 0.0)
 
 
 def test_a_learned_peak_rate() -> None:

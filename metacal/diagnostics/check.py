@@ -113,7 +113,7 @@ class _Check:
     @property
     def _dtype(self) -> torch.dtype:
         leaves = tree.partition((self.problem.state.params, self.problem.hparams))[0]
-        return max((leaf.dtype for leaf in leaves), key=lambda d: torch.finfo(d).eps, default=torch.get_default_dtype())
+        return max((leaf.dtype.to_real() for leaf in leaves), key=lambda d: torch.finfo(d).eps, default=torch.get_default_dtype())
 
     def _sample(self, estimate: Estimate | None = None) -> HyperGradient:
         _random.restore(self.problem.noise)
@@ -221,7 +221,8 @@ class _Check:
         generator = torch.Generator().manual_seed(self.seed)
 
         def random(like: Tree) -> Tree:
-            return tree.map(lambda x: _size(x) * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x), like)
+            wide = tree.to(like, torch.float64)
+            return tree.map(lambda x, w: _size(x) * torch.randn(x.shape, generator=generator, dtype=w.dtype).to(x), like, wide)
 
         hparams, params = self.problem.hparams, self.problem.state.params
         if tree.num_elements(hparams):
@@ -276,8 +277,8 @@ class _Check:
     def _differ(self, a: Tree, b: Tree) -> bool:
         """By more than what the order of a summation may do."""
         rtol = 1e3 * torch.finfo(self._dtype).eps
-        pairs = zip(tree.leaves(a), tree.leaves(b), strict=True)
-        return any(not torch.allclose(x.double(), y.double(), rtol=rtol, atol=0.0, equal_nan=True) for x, y in pairs)
+        pairs = zip(tree.leaves(tree.to(a, torch.float64)), tree.leaves(tree.to(b, torch.float64)), strict=True)
+        return any(not torch.allclose(x, y, rtol=rtol, atol=0.0, equal_nan=True) for x, y in pairs)
 
 
 _SINGULAR = (
@@ -308,5 +309,5 @@ def _mean(draws: list[HyperGradient], which: Which) -> Tree:
 
 
 def _size(x: Tensor) -> Tensor:
-    rms = x.detach().square().mean().sqrt()
+    rms = x.detach().abs().square().mean().sqrt()
     return torch.where(rms > 0, rms, torch.ones_like(rms))

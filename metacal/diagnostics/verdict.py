@@ -58,7 +58,7 @@ class CheckResult:
         verdict: "right": the derivative of the steps that were taken. "biased": right by its own definition, which differs from
             that. "random": right in the mean. "wrong": not what the method defines. "unreliable": as defined, but of a problem on
             which the definition means little. "undecided": rounding hides the answer. "no effect": the outer value does not
-            change. "not finite" and "not repeatable" speak for themselves.
+            change with the hparams. "not finite" and "not repeatable" speak for themselves.
         ok: "right", "random", or "biased" by no more than was allowed.
         headline: the verdict's first sentence.
         reasons: why, and what to do.
@@ -122,8 +122,8 @@ class Evidence:
 
     def relative(self, d: Direction, error: float) -> float:
         """An error relative to the largest of the derivatives along directions like ``d``."""
-        size = max(max(other.size, abs(other.exact.value)) for other in self.directions if other.which == d.which)
-        return error / size if size else math.inf
+        size = max(max(other.size, abs(other.exact.value), other.promised.error) for other in self.directions if other.which == d.which)
+        return error / size if size else math.inf if error else 0.0
 
     def agrees(self, d: Direction) -> bool:
         """Whether the estimate is what the method promises, as far as rounding, differences and draws can tell."""
@@ -157,9 +157,12 @@ def _judged(e: Evidence) -> CheckResult:
         what = "what it defines" if e.defined else "the derivative of the steps that were taken"
         headline = f"{e.name} is not {what}: along {d} it gives {numbers}."
         return CheckResult("wrong", False, headline, (*_suspicions(e), *_notes(e)))
-    if all(d.estimate == 0 and _vanishes(d.promised) and _vanishes(d.exact) for d in e.directions):
+    # The initial params' own part says nothing for the hparams; it is judged where there are none.
+    asked = [d for d in e.directions if d.which == "hparams"] or e.directions
+    if all(d.estimate == 0 and _vanishes(d.promised) and _vanishes(d.exact) for d in asked):
+        of = "hparams" if asked[0].which == "hparams" else "initial params"
         closure = "Does an objective close over a copy of them (a constant to every method), or not use them? Use the ones passed in."
-        return CheckResult("no effect", False, "the outer value does not change with the hparams.", (closure,))
+        return CheckResult("no effect", False, f"the outer value does not change with the {of}.", (closure,))
     trouble = tuple(_trouble(e))
     if trouble:
         headline = f"{e.name} is what it defines, on a problem where that means little."

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metacal import _checks
+from metacal._safe import nonzero
 from metacal.optim.transformation import checked
 
 
@@ -117,7 +118,7 @@ class Exponential:
         checked("start", self.start, low=-math.inf), checked("gamma", self.gamma)
 
     def __call__(self, t: Tensor) -> Tensor:
-        return self.start * self.gamma**t
+        return self.start * _power(self.gamma, t)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Step:
         _checks.whole("every", self.every)
 
     def __call__(self, t: Tensor) -> Tensor:
-        return self.start * self.gamma ** torch.floor(t / self.every)
+        return self.start * _power(self.gamma, torch.floor(t / self.every))
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,14 @@ class MultiStep:
 
     def __call__(self, t: Tensor) -> Tensor:
         reached = sum(((t >= milestone).to(t.dtype) for milestone in self.milestones), torch.zeros_like(t))
-        return self.start * self.gamma**reached
+        return self.start * _power(self.gamma, reached)
 
 
 def _share(t: Tensor, num_steps: float | Tensor) -> Tensor:
     """The part of the way that is done, at most 1."""
     return (t / num_steps).clamp(max=1.0)
+
+
+def _power(gamma: float | Tensor, n: Tensor) -> Tensor:
+    """``gamma^n`` for a count n: the second derivative of ``0^0`` by its base is 0, and not NaN as torch's in reverse mode."""
+    return torch.where(n == 0, 1.0, gamma ** nonzero(n))
