@@ -7,7 +7,7 @@ differentiates the result; inside a transform it is ``torch.func``, and nothing 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,9 +35,27 @@ def transforming() -> bool:
 
 
 def forward_levels() -> int:
-    """How many levels of forward mode (``torch.func.jvp``) look at what is computed now."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+    """How many levels of forward mode (``torch.func.jvp``) look at what is computed now.
+
+    In an autograd.Function's jvp rule torch switches forward mode off for all of them at once: those below its own would take its
+    tangent for a constant, and a level that a rule itself begins is alone.
+    """
+    functorch, found = torch._C._functorch, 0
+    for level in reversed(functorch.get_interpreter_stack() or []):
+        if level.key() == functorch.TransformType.Jvp:
+            found += 1
+            if not functorch.CJvpInterpreterPtr(level).prevFwdGradMode():
+                break
+    return found
+
+
+def in_every_lane(outputs: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of a Function's outputs, under vmap one for each lane of any input.
+
+    torch sums over the lanes of a tangent whose output has none.
+    """
+    lanes = torch.stack([x.new_zeros((), dtype=torch.float32, device=outputs[0].device) for x in inputs]).sum()
+    return [x + lanes.to(x.dtype) for x in outputs]
 
 
 def attached(*trees: Tree) -> bool:

@@ -198,7 +198,6 @@ def solve(
             stats["first_bad_step"] = bad.step()
         return final.params
     if derivatives.forward_levels() > 1:
-        # In a Function's jvp torch switches forward mode off: the levels above would take its tangent for a constant.
         if not adjoint.is_of_the_run:
             raise RuntimeError(
                 f"`adjoint` should be one that derives the run itself where two levels go forward (jvp of jvp, jacfwd of jacfwd, jvp of "
@@ -222,8 +221,11 @@ class _Solve(Function):
             final = run(problem.solver, problem.solver.init(params, hparams), hparams, batches)
         else:  # the backward pass will want the saved states
             final, problem.pullback = problem.vjp(tree.detach(list(flat)))
+        leaves = tree.leaves(final.params)
+        if derivatives.transforming():
+            return tuple(derivatives.in_every_lane(leaves, flat))
         # A run of no steps returns its input, which autograd wants apart from the output.
-        return tuple(leaf.clone() if any(leaf is x for x in flat) else leaf for leaf in tree.leaves(final.params))
+        return tuple(leaf.clone() if any(leaf is x for x in flat) else leaf for leaf in leaves)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -279,3 +279,35 @@ def test_two_levels_that_go_forward_are_refused_where_there_is_no_rule(adjoint: 
     solved = lambda h: (metacal.solve(solver, Y0, h, metacal.repeat(None, 4), adjoint) ** 3).sum()  # noqa: E731
     with pytest.raises(RuntimeError, match="`adjoint` should be one that derives the run itself where two levels go forward"):
         torch.func.jacfwd(torch.func.jacfwd(solved))(h)
+
+
+@pytest.mark.parametrize("solver", [linear.Dense(), linear.CG(2), linear.GMRES(2)], ids=str)
+@pytest.mark.parametrize("transform", ["jacfwd of jacfwd", "jvp of jvp"])
+def test_an_implicit_estimate_refuses_two_levels_that_go_forward(transform: str, solver: linear.LinearSolver) -> None:
+    """torch would take the inner tangent for a constant; every other way to the third derivative of the outer value is right."""
+    inner, h = metacal.descent(bent, optim.sgd(0.1)), f64(0.7, -0.4)
+    w = metacal.run(inner, inner.init(Y0, h), h, metacal.repeat(None, 300)).params
+    solver_at = metacal.stationary(bent)
+    estimate = metacal.hypergradient(lambda w, h, b: (w**3).sum(), solver_at, adjoints.Implicit(solver))
+
+    def gradient(h: Tensor) -> Tensor:
+        return estimate(solver_at.init(w, h), h, [None], None).hparams
+
+    with pytest.raises(RuntimeError, match=r"two levels that go forward.*jacrev\(jacfwd\(f\)\)"):
+        TWICE[transform](gradient)(h)
+    plain = lambda h: (metacal.run(inner, inner.init(Y0, h), h, metacal.repeat(None, 300)).params ** 3).sum()  # noqa: E731
+    truth = torch.func.jacrev(torch.func.jacrev(torch.func.grad(plain)))(h)
+    backward, forward = torch.func.jacrev, torch.func.jacfwd
+    for outer, middle in ((backward, backward), (backward, forward), (forward, backward)):
+        close(outer(middle(gradient))(h), truth, 1e-9)
+
+
+@pytest.mark.parametrize("adjoint", [adjoints.Unrolled(), adjoints.Implicit(linear.Dense())])
+def test_a_solve_in_lanes_goes_forward_in_each(adjoint: metacal.Adjoint) -> None:
+    """The params that it starts from are the same in every lane, the tangents are not: also where no step makes them differ."""
+    solver, h, d_h = metacal.descent(bent, optim.sgd(0.1)), f64(0.7, -0.4), f64(1.0, 2.0)
+    for start in (solver, metacal.stationary(bent)):
+        value = lambda h, s=start: (metacal.solve(s, Y0, h, metacal.repeat(None, 3), adjoint) ** 3).sum()  # noqa: E731
+        found = along(torch.func.vmap(value), torch.stack([d_h, 3 * d_h]))(torch.stack([h, h]))
+        one = along(value, d_h)(h)
+        close(found, torch.stack([one, 3 * one]), 1e-12)

@@ -77,7 +77,8 @@ class Counted:
             self.calls += 1
             return unravel(self.like, matrix @ ravel(v))
 
-        return linear.LinearMap(lambda v: product(self.A, v), lambda v: product(self.A.T, v))
+        is_symmetric = torch.allclose(self.A, self.A.T, rtol=1e-9)
+        return linear.LinearMap(lambda v: product(self.A, v), lambda v: product(self.A.T, v), is_symmetric=is_symmetric)
 
 
 def solve(solver: linear.LinearSolver, A: Tensor, b: Tensor, x0: Tensor | None = None) -> linear.LinearSolution:
@@ -148,6 +149,28 @@ def test_nonsymmetric_systems(solver: linear.LinearSolver) -> None:
     like = leaves_of(9)
     plain = solver.solve(lambda v: unravel(like, A @ ravel(v)), unravel(like, b))  # the transpose, if any, is derived
     close(ravel(plain.value), torch.linalg.solve(A, b), 1e-10)
+
+
+@pytest.mark.parametrize("kind", [linear.CG, linear.MINRES, linear.Lanczos])
+@pytest.mark.parametrize("num_steps", [1, 2, 10])
+def test_the_residual_is_true_whatever_the_matrix(kind: Any, num_steps: int) -> None:
+    """Solvers for symmetric A take one product more, for a residual that they cannot carry, where nobody says that A is symmetric."""
+    for A in (f64([[1.0, 2.0], [-2.0, 1.0]]), nonsymmetric(6, 4.0), spd(6, 4.0)):
+        b, calls = torch.ones(len(A), dtype=F64), 0
+
+        def product(v: Tensor, A: Tensor = A) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return A @ v
+
+        solution = kind(num_steps).solve(product, b)
+        true = (b - A @ solution.value).norm() / b.norm()
+        assert abs(solution.residual_norm - true) <= 1e-9 * (1 + true)
+        told = kind(num_steps).solve(linear.symmetric(lambda v, A=A: A @ v), b)
+        assert torch.equal(solution.value, told.value)
+        one_more = 0 if kind is linear.CG else 1
+        assert int(solution.num_products) == int(told.num_products) + one_more
+        assert calls <= num_steps + one_more
 
 
 @pytest.mark.parametrize("solver", [linear.MINRES(200), linear.GMRES(20), linear.Lanczos(20), linear.NormalCG(400)], ids=kind_of)
@@ -515,6 +538,65 @@ def test_singular_systems(solver: linear.LinearSolver) -> None:
     assert solution.residual_norm >= (outside - projected).norm() / outside.norm() - 1e-12
 
 
+def test_lanczos_leaves_out_what_has_no_solution() -> None:
+    """b has a part out of the range: T is singular in the last space, where a pivot of rounding made a value of 1e15."""
+    A = torch.diag(f64(1.0, 2.0, 0.0))
+    for matrix, b in ((A, torch.ones(3, dtype=F64)), (spectral(f64(1.0, 2.0, 3.0, 0.0, 5.0)), rhs(5))):
+        for num_steps in (2, 3, 5, 9):
+            solution = solve(linear.Lanczos(num_steps), matrix, b)
+            close(solution.residual_norm, (b - matrix @ solution.value).norm() / b.norm(), 1e-9)
+            assert solution.value.norm() < 1e2 * b.norm()
+    assert solve(linear.Lanczos(3), A, torch.ones(3, dtype=F64)).residual_norm > 0.5
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_squares_neither_overflow_nor_vanish(name: str, dtype: torch.dtype) -> None:
+    """A right-hand side of 1e160 or 1e-170, in float32 1e20 or 1e-25: the solution scaled, with its residual, from a start too."""
+    A, b = spd(N, 5.0).to(dtype), rhs(N).to(dtype)
+    product = linear.symmetric(lambda v: A @ v)
+    for size in (1e160, 1e-170) if dtype == torch.float64 else (1e20, 1e-25):
+        for x0 in (None, b) if name in STARTS else (None,):
+            one = SOLVERS[name].solve(product, b, x0)
+            scaled = SOLVERS[name].solve(product, size * b, None if x0 is None else size * x0)
+            tolerance = 1e-3 if dtype == torch.float32 else 1e-9
+            close(scaled.value / size, one.value, tolerance)
+            assert torch.allclose(scaled.residual_norm, one.residual_norm, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_an_infinity_stays_visible(name: str) -> None:
+    solution = SOLVERS[name].solve(linear.symmetric(lambda v: spd(N, 5.0) @ v), f64([torch.inf] + [1.0] * (N - 1)))
+    assert not torch.isfinite(solution.value).all()
+    assert not torch.isfinite(solution.residual_norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """torch factorises no matrix in it."""
+    A, b = torch.diag(torch.linspace(1.0, 2.0, N)).to(dtype), torch.ones(N, dtype=dtype)
+    solution = SOLVERS[name].solve(linear.symmetric(lambda v: A @ v), b)
+    assert solution.value.dtype == dtype
+    if name not in ("Nystroem", "Identity", "Neumann", "Neumann, estimated"):
+        close(solution.value.double(), 1 / A.diagonal().double(), 0.02)
+
+
+@pytest.mark.parametrize("solver", [linear.Dense(), linear.Dense("cholesky"), linear.Nystroem(2, rho=0.5)], ids=str)
+def test_direct_solvers_have_second_derivatives_in_every_mode(solver: linear.LinearSolver) -> None:
+    """By a formula with an inverse; the tangent of torch.linalg.solve has a wrong derivative."""
+    A, b, eye = spd(2, 3.0), rhs(2), torch.eye(2, dtype=F64)
+    shift = 0.5 if isinstance(solver, linear.Nystroem) else 0.0  # of full rank, it is a damping
+    solved = lambda a: solver.solve(lambda v: (A + a**2 * eye) @ v, a * b).value  # noqa: E731
+    formula = lambda a: torch.linalg.inv(A + (a**2 + shift) * eye) @ (a * b)  # noqa: E731
+    modes = (torch.func.jacfwd, torch.func.jacrev)
+    for outer, inner in itertools.product(modes, modes):
+        close(outer(inner(solved))(f64(0.7)), outer(inner(formula))(f64(0.7)), 1e-12)
+
+
 # Sketches and preconditioners
 
 
@@ -625,6 +707,7 @@ def test_the_hypergradient_of_ridge_regression(name: str) -> None:
 TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]] = {
     "grad(grad)": lambda fn: torch.func.grad(torch.func.grad(fn)),
     "jacfwd(grad)": lambda fn: torch.func.jacfwd(torch.func.grad(fn)),
+    "hessian": torch.func.hessian,
     "vmap(grad(grad))": lambda fn: lambda lam: torch.func.vmap(torch.func.grad(torch.func.grad(fn)))(lam[None])[0],
     "autograd twice": lambda fn: lambda lam: torch.autograd.functional.hessian(fn, lam),
 }
@@ -652,6 +735,21 @@ def test_nystroem_of_full_rank_is_a_damping(transform: str) -> None:
     sketch, damped = adjoints.Implicit(linear.Nystroem(3, rho=0.1)), adjoints.Implicit(linear.Dense(), damping=0.1)
     close(at_solution(sketch).hparams, at_solution(damped).hparams, 1e-11)
     close(second_derivative(transform, sketch), second_derivative(transform, damped), 1e-9)
+
+
+@pytest.mark.parametrize("name", EXACT_ON_RIDGE)
+def test_an_estimate_in_lanes_can_be_differentiated_forward(name: str) -> None:
+    """The params are the same in every lane, their tangents are not."""
+    solver = metacal.stationary(RIDGE.inner)
+    estimate = metacal.hypergradient(RIDGE.outer, solver, adjoints.Implicit(EXACT_ON_RIDGE[name]))
+
+    def gradient(lam: Tensor) -> Tensor:
+        hparams = {"lam": lam}
+        return estimate(solver.init(RIDGE.solution, hparams), hparams, RIDGE.steps(1), RIDGE.outer_batch).hparams["lam"]
+
+    lanes, d_lanes = f64(0.3, 0.3), f64(1.0, 3.0)
+    found = torch.func.jvp(torch.func.vmap(gradient), (lanes,), (d_lanes,))[1]
+    close(found, CASE["second_derivative"] * d_lanes, 1e-9)
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -734,6 +832,25 @@ def test_fixed_points_use_the_true_transpose(solver: linear.LinearSolver) -> Non
 
     close(torch.func.grad(value)(W), truth, 1e-9)
     close(torch.func.jacfwd(value)(W), truth, 1e-9)
+
+
+@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.parametrize("operator", [linear.Hessian(), linear.Jacobian()], ids=str)
+@pytest.mark.parametrize("solver", [linear.Dense(), linear.CG(2)], ids=str)
+def test_the_equation_holds_with_the_carry_at_the_end(solver: Any, operator: Any, transform: Any) -> None:
+    """w* = 2 h with the carry that the first step leaves; with that of the start it would be h."""
+    inner = metacal.descent(lambda w, h, b, c: (0.5 * ((w - h * c) ** 2).sum(), 0 * c + 2.0), metacal.optim.sgd(0.5), carry=f64(1.0))
+    h, w, batches = f64(1.0, 3.0), torch.zeros(2, dtype=F64), metacal.repeat(None, 60)
+    adjoint = adjoints.Implicit(solver, operator=operator, select=linear.every)
+
+    def end(h: Tensor) -> Tensor:
+        return metacal.solve(inner, w, h, batches, adjoint)
+
+    close(transform(end)(h), 2 * torch.eye(2, dtype=F64), 1e-12)
+    close(transform(torch.func.jacrev(lambda h: (end(h) ** 3).sum()))(h), torch.diag(48 * h), 1e-12)
+    hg = metacal.hypergradient(lambda w, h, b: (w**2).sum(), inner, adjoint)(inner.init(w, h), h, batches, None)
+    close(hg.hparams, 8 * h, 1e-12)
+    assert hg.stats["residual_norm"] < 1e-12
 
 
 # Gauss-Newton
@@ -921,6 +1038,44 @@ def test_trouble_is_said_in_words(case: str) -> None:
         assert warned(adjoints.Implicit(solver, damping=1.0), H) == []
 
 
+FIXED_POINT = metacal.fixed_point(lambda w, W, b: W @ w + torch.ones_like(w))
+
+
+@pytest.mark.parametrize("kind", [linear.CG, linear.MINRES, linear.Lanczos, linear.Nystroem])
+@pytest.mark.parametrize("seed", range(3))
+def test_solvers_for_symmetric_matrices_speak_up_at_others(kind: Any, seed: int) -> None:
+    """A fixed point's Jacobian I - W: what is not solved for is said, in words and by the residual; a symmetric one is solved."""
+    skew = orthogonal(4, seed) - orthogonal(4, seed).T
+    symmetric = 0.3 * indefinite(4, 2.0, seed) / 2
+    estimate = metacal.hypergradient(lambda w, W, b: w.sum(), FIXED_POINT, adjoints.Implicit(kind(4)))
+
+    def errors(W: Tensor) -> tuple[float, float]:
+        w = torch.linalg.solve(torch.eye(4, dtype=F64) - W, torch.ones(4, dtype=F64))
+        hg = estimate(FIXED_POINT.init(w, W), W, [()], ())
+        v = torch.linalg.solve(torch.eye(4, dtype=F64) - W.T, torch.ones(4, dtype=F64))
+        truth = torch.outer(v, w)
+        return float((hg.hparams - truth).norm() / truth.norm()), float(hg.stats["linear_residual"])
+
+    if kind is not linear.Nystroem:
+        error, residual = errors(symmetric)
+        assert error < 1e-9 > residual
+        with pytest.warns(linear.UnreliableHypergradient, match=rf"linear\.{kind.__name__} is for symmetric matrices.*linear\.GMRES"):
+            error, residual = errors(symmetric + 0.3 * skew)
+        assert residual > 1e-3 < error
+    assert warned(adjoints.Implicit(kind(3)), spectral(f64(1.0, 2.0, 4.0))) == []
+
+
+def test_a_run_that_diverged_without_overflow_is_not_trusted() -> None:
+    """Params of 1e20 in float32, whose squares overflow: what is returned is the derivative there, and a warning."""
+    solver, h = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), metacal.optim.sgd(10.0)), torch.tensor([1.0, -2.0])
+    for linear_solver in (linear.CG(5), linear.MINRES(5), linear.GMRES(5), linear.Lanczos(5), linear.BiCGSTAB(5), linear.Dense()):
+        estimate = metacal.hypergradient(lambda w, h, b: (w**2).sum() / 2, solver, adjoints.Implicit(linear_solver))
+        with pytest.warns(linear.UnreliableHypergradient, match="square overflows: the inner run has diverged"):
+            hg = estimate(solver.init(0 * h, h), h, metacal.repeat(None, 16), None)
+        close(hg.hparams / 1e20, hg.state.params / 1e20, 1e-6)
+        assert hg.stats["residual_norm"] > 0.5
+
+
 def test_loose_residuals_and_what_went_bad_before_are_not_warned_about() -> None:
     H = spd(20, 1e3)
     krylov_methods = (linear.CG(2), linear.MINRES(2), linear.GMRES(2), linear.BiCGSTAB(2))
@@ -947,6 +1102,18 @@ def test_nothing_is_said_inside_transforms() -> None:
     ("build", "error", "words"),
     [
         (lambda: linear.GMRES(5, restart=0), ValueError, "`restart`.*at least 1.*0"),
+        (lambda: linear.CG(3, tolerance=-1.0), ValueError, "`tolerance`.*at least 0.*-1.0"),
+        (lambda: linear.GMRES(3, "fine"), TypeError, "`tolerance`.*number.*'fine'"),  # type: ignore[arg-type]
+        (lambda: linear.Dense(chunk_size=0), ValueError, "`chunk_size`.*at least 1.*0"),
+        (lambda: linear.Nystroem(2, chunk_size=0), ValueError, "`chunk_size`.*at least 1.*0"),
+        (lambda: linear.Neumann(3, "small"), TypeError, "`step_size`.*number.*'small'"),  # type: ignore[arg-type]
+        (lambda: linear.GaussNewton(1, max), TypeError, "`model`.*function.*int"),  # type: ignore[arg-type]
+        (lambda: linear.GaussNewton(max, 2), TypeError, "`loss`.*function.*int"),  # type: ignore[arg-type]
+        (lambda: linear.KFAC(max, nn.MSELoss()), TypeError, "`module`.*nn.Module"),  # type: ignore[arg-type]
+        (lambda: adjoints.Implicit(linear.CG(3), damping="a"), TypeError, "`damping`.*number.*'a'"),  # type: ignore[arg-type]
+        (lambda: adjoints.Implicit(linear.CG(3), damping=-1.0), ValueError, "`damping`.*at least 0.*-1.0"),
+        (lambda: adjoints.Implicit(linear.CG(3), select="last"), TypeError, "`select`.*function.*'last'"),  # type: ignore[arg-type]
+        (lambda: at_solution(adjoints.Implicit(linear.CG(3), select=lambda batches: [])), ValueError, "`select`.*at least one batch.*none"),
         (lambda: linear.MINRES(0), ValueError, "`num_steps`.*at least 1.*0"),
         (lambda: linear.Neumann(3, power_steps=0), ValueError, "`power_steps`.*at least 1.*0"),
         (lambda: linear.Dense("qr"), ValueError, "`factorization`.*'qr'"),  # type: ignore[arg-type]
@@ -964,6 +1131,13 @@ def test_nothing_is_said_inside_transforms() -> None:
 def test_bad_settings_are_named(build: Callable[[], Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         build()
+
+
+def test_complex_params_are_refused_by_name() -> None:
+    inner = metacal.fixed_point(lambda w, h, b: {"z": 0.5 * h * w["z"]})
+    w, h = {"z": torch.ones(2, dtype=torch.complex128)}, f64(1.0, 2.0)
+    with pytest.raises(TypeError, match=r"`params` at 'z' should be real.*complex128.*view_as_real"):
+        adjoints.Implicit(linear.CG(2)).vjp(inner, inner.init(w, h), h, [()])
 
 
 # K-FAC

@@ -14,6 +14,9 @@ from torch.autograd import Function
 from metacal import _random, derivatives, linear, operators, tree
 from metacal._typing import Tree
 from metacal.inner import InnerSolver
+from metacal.linear.base import relative
+from metacal.linear.operator import residual
+from metacal.linear.signs import signs
 
 
 class Theta(NamedTuple):
@@ -51,7 +54,8 @@ class Equation:
         """F(w, h)."""
         if self.parts is not None:
             return self._mean([self.parts], lambda parts: parts.gradient())
-        return self._mean(theta.batches, lambda batch: self.inner.residual(theta.params, theta.hparams, batch))
+        params, hparams, carry, batches = theta
+        return self._mean(batches, lambda batch: residual(self.inner, params, hparams, batch, carry))
 
     def matrix(self, theta: Theta) -> linear.LinearMap:
         """``v -> (F_w^T + damping I) v``, with its transpose."""
@@ -60,7 +64,18 @@ class Equation:
             A = linear.LinearMap(lambda v: next(each)(v), lambda v: next(each).transpose(v))
         else:
             A = self._mean_matrix(theta)
-        return linear.LinearMap(self._damped(A.apply), self._damped(A.transpose), theta)
+        return linear.LinearMap(self._damped(A.apply), self._damped(A.transpose), theta, self.is_symmetric)
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether A is known to be symmetric."""
+        return self.operator.is_symmetric(self.inner)
+
+    def asymmetry(self, theta: Theta) -> Tensor:
+        """``|A z - A^T z| / |A z|`` for some signs z: two products."""
+        A, z = self.matrix(theta), signs(theta.params, 1)[0]
+        Az = A(z)
+        return relative(tree.sub(Az, A.transpose(z)), Az)
 
     def pull_hparams(self, theta: Theta, v: Tree) -> Tree:
         """``F_h^T v``."""
@@ -121,7 +136,7 @@ class _Call:
 
     def matvec(self, theta: Theta) -> linear.LinearMap:
         A = self.equation.matrix(theta)
-        return A if self.transpose else linear.LinearMap(A.transpose, A.apply, theta)
+        return A if self.transpose else linear.LinearMap(A.transpose, A.apply, theta, A.is_symmetric)
 
     def solve(self, theta: Theta, b: Tree, x0: Tree | None) -> linear.LinearSolution:
         solution = self.solver.solve(self.matvec(theta), b, x0)
@@ -144,7 +159,9 @@ def solve_linear(
     if solver.polynomial or not derivatives.attached(theta, b):
         return call.solve(theta, b, x0)
     *v, residual_norm, num_products, curvature = _LinearSolve.apply(call, *flat)
-    return linear.LinearSolution(tree.unflatten(tree.structure(b), v), residual_norm, num_products, curvature)
+    # Not marked as non-differentiable in the Function: under vmap its jvp rule would be refused.
+    numbers = tree.detach((residual_norm, num_products, curvature))
+    return linear.LinearSolution(tree.unflatten(tree.structure(b), v), *numbers)
 
 
 class _LinearSolve(Function):
@@ -152,12 +169,12 @@ class _LinearSolve(Function):
 
     @staticmethod
     def forward(call: _Call, *flat: Tensor) -> tuple[Tensor, ...]:
-        value, *numbers = call.solve(*call.combine(flat))
-        return (*tree.leaves(value), *numbers)
+        v, residual_norm, num_products, curvature = call.solve(*call.combine(flat))
+        assert curvature is not None  # call.solve fills it in
+        return (*derivatives.in_every_lane(tree.leaves(v), flat), residual_norm, num_products, curvature)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output[-3:])
         _save(ctx, inputs, output[:-3])
 
     @staticmethod
@@ -172,6 +189,7 @@ class _LinearSolve(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Any, ...]:
+        _refuse_levels_below()
         call, flat, (theta, b, _x0), found = _saved(ctx)
         v = tree.unflatten(tree.structure(b), found)
         moved = [torch.zeros_like(x) if d is None else d for x, d in zip(flat, tangents, strict=True)]
@@ -180,7 +198,8 @@ class _LinearSolve(Function):
         d_floating = tree.partition(d_theta)[0]
         dA_v = derivatives.func_jvp(lambda *xs: call.matvec(combine(xs))(v), tuple(floating), tuple(d_floating))
         d_v = solve_linear(call.solver, call.equation, theta, tree.sub(d_b, dA_v), transpose=call.transpose).value
-        return (*tree.leaves(d_v), None, None, None)
+        still = found[0].new_zeros(())  # the numbers
+        return (*tree.leaves(d_v), still, still, torch.stack([still, still]))
 
 
 def root(solver: linear.LinearSolver, equation: Equation, theta: Theta) -> Tree:
@@ -194,7 +213,7 @@ class _Root(Function):
 
     @staticmethod
     def forward(call: _Call, *flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(leaf.clone() for leaf in tree.leaves(call.combine(flat).params))
+        return tuple(derivatives.in_every_lane(tree.leaves(call.combine(flat).params), flat))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -217,6 +236,7 @@ class _Root(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        _refuse_levels_below()
         call, flat, found, w = _saved(ctx)
         theta = found._replace(params=tree.unflatten(tree.structure(found.params), w))
         moved = call.combine([torch.zeros_like(x) if d is None else d for x, d in zip(flat, tangents, strict=True)])
@@ -242,6 +262,14 @@ def _saved(ctx: Any) -> tuple[_Call, list[Tensor], Any, list[Tensor]]:
     saved = list(ctx.saved_tensors)
     outputs, flat = saved[: ctx.num_outputs], saved[ctx.num_outputs :]
     return ctx.call, flat, ctx.call.combine(flat), outputs
+
+
+def _refuse_levels_below() -> None:
+    if derivatives.forward_levels() > 1:
+        raise RuntimeError(
+            "Implicit has no rule for two levels that go forward (jvp of jvp, jacfwd of jacfwd, jvp of hessian). Let all but one of them "
+            "go backward: jacfwd(jacrev(f)), jacrev(jacfwd(f)), hessian(f), jacrev(hessian(f)); or use Unrolled()."
+        )
 
 
 def _in_place_of(value: Tree, cotangents: Sequence[Tensor]) -> list[Tensor | None]:

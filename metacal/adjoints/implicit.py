@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from metacal import _random, derivatives, linear, tree
-from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback, Select, chosen
 from metacal.adjoints.equation import Equation, Theta, root, solve_linear
 from metacal.inner import FirstBad, InnerSolver, InnerState, advance, run
+from metacal.linear.base import magnitude, number, relative, wide
 from metacal.optim.foreign import moves_at_rest
 
 
@@ -47,10 +47,13 @@ class Implicit(Adjoint):
             batch. For ``linear.Neumann``, whose terms stay unbiased; the mixed product is that of the mean.
 
     Warns, where nobody differentiates or transforms the estimate (one host read per pullback): ``linear.UnreliableHypergradient``, if
-    the linear solver met what more steps do not cure (an indefinite matrix, a series that diverges, a singular system).
+    the linear solver met what more steps do not cure (an indefinite matrix, a series that diverges, a singular system; a matrix that is
+    not symmetric under a solver that needs it, looked at by two more products where ``linear_residual`` > 1e-3), or if the params or
+    the cotangent are so large that their squares overflow.
 
-    Errors: an optimizer whose fixed points are not the zeros of the residual (weight decay inside it) is refused; so is
-    ``stochastic`` for a solver that needs one matrix throughout, and with ``linear.last``, which selects a single batch.
+    Errors: an optimizer whose fixed points are not the zeros of the residual (weight decay inside it) is refused; so are ``stochastic``
+    for a solver that needs one matrix throughout, and with ``linear.last``, which selects a single batch; complex params; and a second
+    level of forward mode (``jacfwd`` of ``jacfwd``), which torch does not let a derivative like this one see.
 
     Source: Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590); Blondel et al. 2022 (arXiv 2105.15183).
     """
@@ -66,6 +69,9 @@ class Implicit(Adjoint):
             raise TypeError(f"`solver` should be a linear solver such as linear.CG(20), got {type(self.solver).__name__}.")
         if not isinstance(self.operator, linear.Operator):
             raise TypeError(f"`operator` should be a linear.Operator such as linear.Hessian(), got {type(self.operator).__name__}.")
+        number("damping", self.damping, "it is added to the diagonal of the system")
+        if not callable(self.select):
+            raise TypeError(f"`select` should be a function of the batches such as linear.every, got {self.select!r}.")
         if self.stochastic and not self.solver.stochastic:
             raise ValueError(
                 f"`stochastic` gives each product another batch, but linear.{type(self.solver).__name__} needs the same matrix in all of "
@@ -92,11 +98,10 @@ class Implicit(Adjoint):
                 v, linear_residual, num_products, curvature = solve_linear(self.solver, system, theta, ct, x0)
                 assert curvature is not None  # solve_linear fills it in
                 d_hparams = tree.scale(-1.0, system.pull_hparams(theta, v))
-                distance = tree.norm(system.residual(theta)) * tree.norm(v)
-                scale = tree.norm(ct) * tree.norm(theta.params)
+                distance = relative(system.residual(theta), ct) * relative(v, theta.params)
             stats = {
                 "first_bad_step": bad.step(),
-                "residual_norm": distance / nonzero(scale),
+                "residual_norm": distance,
                 "linear_residual": linear_residual,
                 "num_products": num_products,
                 "curvature_min": curvature[0],
@@ -105,10 +110,14 @@ class Implicit(Adjoint):
             differentiated = keep_graph or derivatives.attached(ct)
             d_hparams, v, stats = derivatives.released((d_hparams, v, stats), differentiated)
             if not differentiated:
-                self._warn(stats, tree.norm(ct))
+                with _random.preserved(theta.params):
+                    self._warn(stats, ct, system, theta)
             return Cotangents((), d_hparams, stats, v if self.solver.warm_start else ())
 
         return final, pullback
+
+    def init_memory(self, params: Tree) -> Tree:
+        return tree.zeros_like(params) if self.solver.warm_start else ()
 
     def jvp(self, solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree], d_params: Tree, d_hparams: Tree) -> Tree:
         equation, theta = self._equation(solver, run(solver, state, hparams, batches), hparams, batches)
@@ -120,15 +129,41 @@ class Implicit(Adjoint):
         refuse_moving_fixed_points(solver, final.params, hparams)
         if not len(batches):
             raise ValueError("`batches` should hold at least one batch: it defines the linear system. Pass [batch].")
+        refuse_complex(final.params)
         equation = Equation(solver, self.operator, self.damping, _random.noise(final.params), self.stochastic)
-        return equation, Theta(final.params, hparams, final.carry, chosen(self.select, batches))
+        selected = chosen(self.select, batches)
+        if not selected:
+            raise ValueError("`select` should leave at least one batch, which defines the linear system; it left none. See linear.every.")
+        return equation, Theta(final.params, hparams, final.carry, selected)
 
-    def _warn(self, stats: dict[str, Tensor], size: Tensor) -> None:
+    def _warn(self, stats: dict[str, Tensor], ct: Tree, system: Equation, theta: Theta) -> None:
         names = ("linear_residual", "num_products", "curvature_min", "curvature_max", "first_bad_step")
-        *numbers, first_bad_step, ct = torch.stack([x.to(size) for x in (*(stats[name] for name in names), size)]).tolist()
+        looked_at = [*(stats[name] for name in names), magnitude(ct), torch.maximum(magnitude(ct), magnitude(theta.params))]
+        *numbers, first_bad_step, of_ct, largest = torch.stack([x.to(looked_at[-1]) for x in looked_at]).tolist()
         # Where the run or the outer gradient went bad before, there is no system to speak of, and its own stat says so.
-        if first_bad_step < 0 and isfinite(ct) and (trouble := self.solver.trouble(*numbers)):
+        if first_bad_step >= 0 or not isfinite(of_ct):
+            return
+        trouble = self._asymmetry(system, theta, numbers[0]) or self.solver.trouble(*numbers)
+        if trouble is None and largest > torch.finfo(wide(looked_at[-1]).dtype).max ** 0.5:
+            trouble = (
+                f"the params or the outer gradient reach {largest:.0e}, whose square overflows: the inner run has diverged, and its end is "
+                "near no solution that could be differentiated. Take smaller inner steps."
+            )
+        if trouble:
             warnings.warn(f"The hypergradient is unreliable: {trouble}", linear.UnreliableHypergradient, stacklevel=2)
+
+    def _asymmetry(self, system: Equation, theta: Theta, linear_residual: float) -> str | None:
+        """What an unsolved system's matrix says against a solver for symmetric ones. It is looked at, by two products, only then."""
+        if system.is_symmetric or not self.solver.needs_symmetry or not linear_residual > 1e-3:
+            return None
+        asymmetry = system.asymmetry(theta)
+        if not asymmetry > torch.finfo(asymmetry.dtype).eps ** 0.5:
+            return None
+        return (
+            f"linear.{type(self.solver).__name__} is for symmetric matrices and this one, the Jacobian of the residual, is not (A and its "
+            f"transpose differ by {float(asymmetry):.1g} of A), so that more steps need not reduce stats['linear_residual']. Use "
+            "linear.GMRES, linear.NormalCG, linear.BiCGSTAB or linear.Dense, which take any matrix."
+        )
 
 
 def refuse_moving_fixed_points(solver: InnerSolver, params: Tree, hparams: Tree) -> None:
@@ -141,3 +176,14 @@ def refuse_moving_fixed_points(solver: InnerSolver, params: Tree, hparams: Tree)
             "stop where implicit differentiation assumes and the hypergradient would be wrong by tens of percent. Put the L2 term in "
             "the objective (+ weight_decay / 2 * |w|^2), or use Unrolled."
         )
+
+
+def refuse_complex(params: Tree) -> None:
+    """Raises TypeError if a leaf is complex: the solvers compare and order what they compute."""
+    for path, leaf in zip(tree.paths(params), tree.leaves(params), strict=True):
+        if leaf.is_complex():
+            where = f" at '{path}'" if path else ""
+            raise TypeError(
+                f"`params`{where} should be real for Implicit, whose linear systems are, got {leaf.dtype}. Keep the real "
+                "and the imaginary part as real params (torch.view_as_real), and make the complex number inside the objective."
+            )

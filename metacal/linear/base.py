@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from metacal import _checks, derivatives, tree
 from metacal._safe import nonzero
@@ -26,11 +28,13 @@ class LinearMap:
     Attributes:
         apply, transpose: ``v -> A v`` and ``v -> A^T v``.
         at: where A was taken, with ``params``, ``hparams`` and ``batches``, for solvers that ask for more than products.
+        is_symmetric: whether A is known to be symmetric; a solver that relies on it measures what it cannot infer otherwise.
     """
 
     apply: Callable[[Tree], Tree]
     transpose: Callable[[Tree], Tree]
     at: Any = None
+    is_symmetric: bool = False
 
     def __call__(self, v: Tree) -> Tree:
         return self.apply(v)
@@ -38,7 +42,7 @@ class LinearMap:
 
 def symmetric(apply: Callable[[Tree], Tree]) -> LinearMap:
     """The map of a symmetric A."""
-    return LinearMap(apply, apply)
+    return LinearMap(apply, apply, is_symmetric=True)
 
 
 class LinearSolution(NamedTuple):
@@ -68,11 +72,13 @@ class LinearSolver(ABC):
         polynomial: differentiating the solver's own operations differentiates the estimate (a polynomial of fixed degree in A, a
             dense factorization). Others are differentiated by ``dv = A^-1 (db - dA v)``.
         stochastic: another sample of A may answer each product.
+        needs_symmetry: what it finds solves ``A v = b`` for symmetric A only.
         warm_start: start from the solution of the previous call (through an adjoint's ``memory``).
     """
 
     polynomial: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
+    needs_symmetry: ClassVar[bool] = False
     warm_start: bool = False
 
     @abstractmethod
@@ -100,7 +106,8 @@ class Krylov(LinearSolver):
 
     A lane that has reached ``tolerance`` (relative; the dtype's epsilon by default) or cannot go on stands still. The best iterate is
     returned: with the smallest residual, or for the methods that minimise the energy of a definite matrix the last. Its residual is
-    the one that the recurrence carries.
+    the one that the recurrence carries, or where that holds for symmetric A alone and A is not known to be (see :func:`symmetric`)
+    that of one more product.
     """
 
     num_steps: int
@@ -110,11 +117,24 @@ class Krylov(LinearSolver):
 
     def __post_init__(self) -> None:
         _checks.whole("num_steps", self.num_steps)
+        if self.tolerance is not None:
+            number("tolerance", self.tolerance, "leave it out for the dtype's epsilon")
+
+    def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
+        """Solves ``matvec(v) = b``, starting from ``x0`` (one more product) or from zero."""
+        # Scaled to size one, of which no square overflows or vanishes: b may come from a run that diverged, or in half precision.
+        size = magnitude(b)
+        scaled = [None if x is None else tree.map(lambda leaf: leaf / size, x) for x in (b, x0)]
+        solution = self.iterate(matvec, *scaled)
+        return solution._replace(value=tree.map(lambda leaf: leaf * size, solution.value))
+
+    @abstractmethod
+    def iterate(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
+        """:meth:`solve` for a b of size one."""
 
     def threshold(self, b: Tree) -> Tensor:
         """The norm of a residual that is small enough."""
-        size = tree.norm(b)
-        return size * (torch.finfo(size.dtype).eps if self.tolerance is None else self.tolerance)
+        return vector_norm(b) * (torch.finfo(b.dtype).eps if self.tolerance is None else self.tolerance)
 
     def trouble(self, residual_norm: float, num_products: float, curvature_min: float, curvature_max: float) -> str | None:
         stopped = num_products < self.num_steps * self.products_per_step
@@ -150,6 +170,12 @@ class Preconditioner(LinearSolver):
         return LinearSolution(v, relative(tree.sub(b, Av), b), count(built.num_products + 1, b), extremes(quotient[None]))
 
 
+def magnitude(b: Tree) -> Tensor:
+    """The power of two next to the largest number in b, 1 for zeros: a constant, by which one divides without rounding."""
+    sizes = [vector_norm(leaf.detach(), torch.inf) for leaf in tree.leaves(b) if leaf.numel()]
+    return nonzero(torch.exp2(torch.stack(sizes).amax().log2().floor())) if sizes else torch.ones(())
+
+
 def start(A: Matvec, b: Tensor, x0: Tree | None) -> tuple[Tensor, Tensor, Tensor]:
     """The first iterate, its residual, and the products that this took; b and A are raveled."""
     if x0 is None:
@@ -177,8 +203,15 @@ def raveled(matvec: Matvec, like: Tree) -> tuple[Tensor, Matvec, Callable[[Tenso
         return lambda v: tree.ravel(product(unravel(v)))[0]
 
     if isinstance(matvec, LinearMap):
-        return vector, LinearMap(on_vectors(matvec.apply), on_vectors(matvec.transpose)), unravel
+        return vector, LinearMap(on_vectors(matvec.apply), on_vectors(matvec.transpose), is_symmetric=matvec.is_symmetric), unravel
     return vector, on_vectors(matvec), unravel
+
+
+def measured(A: Matvec, x: Tensor, b: Tensor, carried: Tensor, num_products: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of ``b - A x`` and the products: ``carried`` by a recurrence that is right for symmetric A, else one more."""
+    if isinstance(A, LinearMap) and A.is_symmetric:
+        return carried, num_products
+    return vector_norm(b - A(x)), num_products + 1
 
 
 class Best(NamedTuple):
@@ -227,7 +260,36 @@ def accumulated(size: Tensor) -> Tensor:
 
 def relative(residual: Tree, b: Tree) -> Tensor:
     """``|residual| / |b|``, and 0 / 0 = 0."""
+    size = magnitude(b)
+    residual, b = (tree.map(lambda leaf: leaf / size, x) for x in (residual, b))
     return tree.norm(residual) / nonzero(tree.norm(b))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: the factorisations have no half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def solved(A: Tensor, b: Tensor) -> Tensor:
+    """``A^-1 b`` for a matrix A and a vector or matrix b, NaN where A is singular.
+
+    By two functions: the tangent of ``torch.linalg.solve`` has a wrong derivative (seen with torch 2.14).
+    """
+    # The _ex variant neither asks the host whether it worked nor raises for one lane of many.
+    LU, pivots, info = torch.linalg.lu_factor_ex(wide(A))
+    x = torch.linalg.lu_solve(LU, pivots, wide(b[:, None] if b.ndim == 1 else b)).reshape(b.shape)
+    return torch.where(info == 0, x, torch.nan).to(b.dtype)
+
+
+def number(name: str, value: Any, remedy: str, *, positive: bool = False) -> None:
+    """Raises unless ``value`` is a number of at least 0 (``positive``: above), or a tensor, at which nobody looks."""
+    if isinstance(value, Tensor):
+        return
+    least = "positive" if positive else "at least 0"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` should be a number, {least}, got {value!r}; {remedy}.")
+    if not (float(value) > 0 if positive else float(value) >= 0):
+        raise ValueError(f"`{name}` should be {least}, got {value!r}; {remedy}.")
 
 
 def count(n: int, like: Tree) -> Tensor:

@@ -32,7 +32,7 @@ class BiCGSTAB(Krylov):
 
     products_per_step: ClassVar[int] = 2
 
-    def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
+    def iterate(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         right, A, unravel = raveled(matvec, b)
         x, r, num_products = start(A, right, x0)
         shadow, p, norm = r, r, vector_norm(r)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class CG(Krylov):
     """
 
     preconditioner: Preconditioner | None = None
+    needs_symmetry: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +58,7 @@ class CG(Krylov):
                 f"`preconditioner` should be one fixed linear map such as linear.Diagonal(4), got {type(self.preconditioner).__name__}."
             )
 
-    def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
+    def iterate(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         right, A, unravel = raveled(matvec, b)
         x, r, num_products = start(A, right, x0)
         precondition = lambda r: r  # noqa: E731

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from metacal import _checks
 from metacal._typing import Tree
-from metacal.linear.base import Inverse, LinearSolution, Matvec, Preconditioner, count, extremes, raveled, relative
+from metacal.linear.base import Inverse, LinearSolution, Matvec, Preconditioner, count, extremes, raveled, relative, solved, wide
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Dense(Preconditioner):
     def __post_init__(self) -> None:
         if self.factorization not in ("lu", "cholesky"):
             raise ValueError(f"`factorization` should be 'lu' or 'cholesky', got {self.factorization!r}.")
+        if self.chunk_size is not None:
+            _checks.whole("chunk_size", self.chunk_size)
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         """The exact solution; the residual takes no product. ``x0`` plays no part."""
@@ -49,13 +52,11 @@ class Dense(Preconditioner):
         return Inverse(lambda b: unravel(self._factorized(A, raveled(matvec, b)[0])), len(vector))
 
     def _factorized(self, A: Tensor, b: Tensor) -> Tensor:
-        # The _ex variants neither ask the host whether it worked nor raise for one lane of many.
-        if self.factorization == "cholesky":
-            L, info = torch.linalg.cholesky_ex(A)
-            L = torch.where(info == 0, L, torch.nan)
-            return torch.cholesky_solve(b[:, None], L)[:, 0]
-        x, info = torch.linalg.solve_ex(A, b)
-        return torch.where(info == 0, x, torch.nan)
+        if self.factorization == "lu":
+            return solved(A, b)
+        L, info = torch.linalg.cholesky_ex(wide(A))  # neither asks the host whether it worked nor raises for one lane of many
+        L = torch.where(info == 0, L, torch.nan)
+        return torch.cholesky_solve(wide(b)[:, None], L)[:, 0].to(b.dtype)
 
     def trouble(self, residual_norm: float, num_products: float, curvature_min: float, curvature_max: float) -> str | None:
         if self.factorization == "cholesky" and not residual_norm < 1e-3:

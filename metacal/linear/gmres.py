@@ -21,6 +21,7 @@ from metacal.linear.base import (
     ratio,
     raveled,
     start,
+    wide,
 )
 from metacal.linear.orthogonal import against
 
@@ -53,7 +54,7 @@ class GMRES(Krylov):
         if self.restart is not None:
             _checks.whole("restart", self.restart)
 
-    def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
+    def iterate(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         right, A, unravel = raveled(matvec, b)
         x, r, num_products = start(A, right, x0)
         small = self.threshold(right)
@@ -105,8 +106,8 @@ def _cycle(A: Matvec, at: _State, num_steps: int, small: Tensor) -> _State:
 
 def _least_squares(H: Tensor, target: Tensor, negligible: Tensor) -> Tensor:
     """argmin |H y - target| of a Hessenberg matrix, without the columns that depend on those before them."""
-    Q, R = torch.linalg.qr(H)
+    Q, R = torch.linalg.qr(wide(H))
     dependent = R.diagonal().abs() <= negligible
     R = R + torch.diag(torch.where(dependent, 1.0 - R.diagonal(), 0.0))
-    g = torch.where(dependent, 0.0, target @ Q)
-    return torch.linalg.solve_triangular(R, g[:, None], upper=True)[:, 0]
+    g = torch.where(dependent, 0.0, wide(target) @ Q)
+    return torch.linalg.solve_triangular(R, g[:, None], upper=True)[:, 0].to(H.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metacal import derivatives, tree
 from metacal._typing import Tree
-from metacal.linear.base import Inverse, Matvec, Preconditioner
+from metacal.linear.base import Inverse, Matvec, Preconditioner, number
 
 
 def _pair(hparams: Tree, batch: Tree) -> tuple[Any, Tensor]:
@@ -55,8 +55,10 @@ class KFAC(Preconditioner):
     sharing: Literal["expand", "reduce"] = "expand"
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise ValueError(f"`damping` should be positive: Kronecker factors are singular as a rule. Got {self.damping}.")
+        number("damping", self.damping, "Kronecker factors are singular as a rule", positive=True)
+        for name, module in (("module", self.module), ("loss", self.loss)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"`{name}` should be an nn.Module, got {type(module).__name__}.")
 
     def inverse(self, matvec: Matvec, like: Tree) -> Inverse:
         if derivatives.transforming():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,20 @@ from torch.linalg import vector_norm
 
 from metacal._safe import nonzero
 from metacal._typing import Tree
-from metacal.linear.base import Krylov, LinearSolution, Matvec, accumulated, extremes, ratio, raveled, rounding, start
+from metacal.linear.base import (
+    Krylov,
+    LinearSolution,
+    Matvec,
+    accumulated,
+    extremes,
+    measured,
+    ratio,
+    raveled,
+    rounding,
+    solved,
+    start,
+    wide,
+)
 from metacal.linear.orthogonal import against
 
 
@@ -20,7 +34,8 @@ class Lanczos(Krylov):
 
     The k-th iterate leaves a residual orthogonal to the Krylov space: in exact arithmetic that of conjugate gradients, for positive
     definite A. Full orthogonalisation keeps it so in accumulated arithmetic, at a memory of twice ``num_steps`` vectors; ``num_steps``
-    products at most. For indefinite A single iterates may not exist or be large, and the one with the smallest residual is returned.
+    products at most, and one for the residual where A is not known to be symmetric. For indefinite A single iterates may not exist or
+    be large, and the one with the smallest residual is returned.
     ``curvature`` holds the extreme Ritz values, the most that the products say about the ends of the spectrum.
 
     Source: Lanczos 1952; Golub & Van Loan, Matrix Computations, chapter 10 and section 11.3.
@@ -31,7 +46,9 @@ class Lanczos(Krylov):
     tensor([ 1.0000, -0.5000])
     """
 
-    def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
+    needs_symmetry: ClassVar[bool] = True
+
+    def iterate(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         right, A, unravel = raveled(matvec, b)
         x, r, num_products = start(A, right, x0)
         small, beta = self.threshold(right), vector_norm(r)
@@ -48,18 +65,21 @@ class Lanczos(Krylov):
             largest = torch.maximum(largest, alpha.abs() + following)
             forward = -forward if k == 0 else -before * forward / pivot
             pivot = alpha if k == 0 else alpha - before**2 / pivot
-            pivot = torch.where(pivot.abs() <= rounding(largest), rounding(largest), pivot)  # T may be singular on the way
+            singular = pivot.abs() <= accumulated(largest)  # so far: there is no iterate in this space
+            pivot = torch.where(pivot.abs() <= rounding(largest), rounding(largest), pivot)
             residual = following * (forward / pivot).abs()
-            rows.append((live, *(torch.where(live, value, 0.0) for value in (alpha, following)), pivot, residual))
+            rows.append((live, *(torch.where(live, value, 0.0) for value in (alpha, following)), pivot, residual, singular))
             live = live & ~(following <= accumulated(largest)) & ~(residual <= small)  # <=: the Krylov space is complete
             basis = torch.cat([basis, (ratio(one, following, live) * w)[None]])
-        used, alphas, betas, pivots, residuals = (torch.stack(column) for column in zip(*rows, strict=True))
+        used, alphas, betas, pivots, residuals, singular = (torch.stack(column) for column in zip(*rows, strict=True))
+        pivots, residuals = torch.where(singular, 0.0, pivots), torch.where(singular, torch.inf, residuals)
         T = torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
         y = _galerkin(T, beta, used & _up_to_the_best(residuals, pivots, used))
         # The residual b - A v in the basis: |b| e_1 - T y, and one component beyond.
         e = torch.cat([beta[None] - T[:1] @ y, -T[1:] @ y, -betas[-1:] * y[-1:]])
-        residual_norm, curvature = vector_norm(e) / nonzero(vector_norm(right)), extremes(_ritz_values(T, used))
-        return LinearSolution(unravel(x + y @ basis[:-1]), residual_norm, num_products, curvature)
+        x = x + y @ basis[:-1]
+        norm, num_products = measured(A, x, right, vector_norm(e), num_products)
+        return LinearSolution(unravel(x), norm / nonzero(vector_norm(right)), num_products, extremes(_ritz_values(T, used)))
 
 
 def _up_to_the_best(residuals: Tensor, pivots: Tensor, used: Tensor) -> Tensor:
@@ -74,12 +94,11 @@ def _galerkin(T: Tensor, beta: Tensor, used: Tensor) -> Tensor:
     """y with ``T y = beta e_1`` in the space that is used, 0 elsewhere."""
     eye = torch.eye(len(T), dtype=T.dtype, device=T.device)
     target = torch.where(used, beta * eye[0], 0.0)
-    y: Tensor = torch.linalg.solve_ex(torch.where(used[:, None] & used, T, eye), target)[0]
-    return y
+    return solved(torch.where(used[:, None] & used, T, eye), target)
 
 
 def _ritz_values(T: Tensor, used: Tensor) -> Tensor:
     # The space that is not used repeats the first quotient, which is inside the range. eigvalsh refuses NaNs.
     filled = torch.where(used[:, None] & used, T, torch.diag(T[0, 0].expand(len(T))))
-    values = torch.linalg.eigvalsh(torch.nan_to_num(filled, posinf=0.0, neginf=0.0))
+    values = torch.linalg.eigvalsh(wide(torch.nan_to_num(filled, posinf=0.0, neginf=0.0))).to(T.dtype)
     return torch.where(filled.isfinite().all() & used[0], values, torch.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.linalg import vector_norm
@@ -10,16 +11,16 @@ from torch.linalg import vector_norm
 from metacal import tree
 from metacal._safe import nonzero
 from metacal._typing import Tree
-from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, accumulated, extremes, ratio, raveled, start
+from metacal.linear.base import Best, Krylov, LinearSolution, Matvec, accumulated, extremes, measured, ratio, raveled, start
 
 
 @dataclass(frozen=True)
 class MINRES(Krylov):
     """Minimal residuals, for symmetric A that may be indefinite: the k-th iterate minimises ``|b - A x|`` over the Krylov space.
 
-    ``num_steps`` products at most. Memory: twelve vectors. For positive definite A the residual shrinks by
-    ``(sqrt(k)-1)/(sqrt(k)+1)`` per step for condition number k; for indefinite A with a spectrum symmetric about 0, by
-    ``(k-1)/(k+1)`` per two steps. Of a singular system without a solution it finds a least squares solution.
+    ``num_steps`` products at most, and one for the residual where A is not known to be symmetric. Memory: twelve vectors. For
+    positive definite A the residual shrinks by ``(sqrt(k)-1)/(sqrt(k)+1)`` per step for condition number k; for indefinite A with a
+    spectrum symmetric about 0, by ``(k-1)/(k+1)`` per two steps. Of a singular system without a solution it finds a least squares solution.
 
     Source: Paige & Saunders 1975, Solution of sparse indefinite systems of linear equations.
 
@@ -29,7 +30,9 @@ class MINRES(Krylov):
     tensor([ 1.0000, -0.5000])
     """
 
-    def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
+    needs_symmetry: ClassVar[bool] = True
+
+    def iterate(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         right, A, unravel = raveled(matvec, b)
         x, r, num_products = start(A, right, x0)
         beta = vector_norm(r)
@@ -64,5 +67,5 @@ class MINRES(Krylov):
             live = live & ~(following <= accumulated(largest))  # the Krylov space is complete
             v_before, v, beta = v, ratio(one, following) * u, following
             best = best.or_better(x, phi.abs())
-        residual_norm = best.residual / nonzero(vector_norm(right))
-        return LinearSolution(unravel(best.value), residual_norm, num_products, extremes(torch.stack(quotients)))
+        norm, num_products = measured(A, best.value, right, best.residual, num_products)
+        return LinearSolution(unravel(best.value), norm / nonzero(vector_norm(right)), num_products, extremes(torch.stack(quotients)))

@@ -15,6 +15,7 @@ from metacal.linear.base import (
     LinearSolver,
     Matvec,
     extremes,
+    number,
     ratio,
     raveled,
     rayleigh,
@@ -60,10 +61,8 @@ class Neumann(LinearSolver):
     def __post_init__(self) -> None:
         _checks.whole("num_steps", self.num_steps, at_least=0)
         _checks.whole("power_steps", self.power_steps)
-        if self.step_size is not None and not isinstance(self.step_size, Tensor) and not self.step_size > 0:
-            raise ValueError(
-                f"`step_size` should be positive (and below 2 / the largest eigenvalue), got {self.step_size}. Pass None to estimate it."
-            )
+        if self.step_size is not None:
+            number("step_size", self.step_size, "take it below 2 / the largest eigenvalue, or None to estimate it", positive=True)
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         right, A, unravel = raveled(matvec, b)

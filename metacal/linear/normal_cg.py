@@ -45,7 +45,7 @@ class NormalCG(Krylov):
 
     products_per_step: ClassVar[int] = 2
 
-    def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
+    def iterate(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         right, product, unravel = raveled(matvec, b)
         A, spent = transposable(product, right)
         x, r, num_products = start(A, right, x0)

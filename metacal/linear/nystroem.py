@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metacal import _checks
 from metacal._typing import Tree
-from metacal.linear.base import Inverse, Matvec, Preconditioner, raveled
+from metacal.linear.base import Inverse, Matvec, Preconditioner, number, raveled, solved
 from metacal.linear.dense import columns
 
 
@@ -47,11 +47,14 @@ class Nystroem(Preconditioner):
     seed: int = 0
     chunk_size: int | None = None
     polynomial: ClassVar[bool] = True
+    needs_symmetry: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.whole("rank", self.rank)
-        if self.rho is not None and not isinstance(self.rho, Tensor) and not self.rho > 0:
-            raise ValueError(f"`rho` should be positive, got {self.rho}. Leave it out to have it scaled to the matrix.")
+        if self.rho is not None:
+            number("rho", self.rho, "leave it out to have it scaled to the matrix", positive=True)
+        if self.chunk_size is not None:
+            _checks.whole("chunk_size", self.chunk_size)
 
     def inverse(self, matvec: Matvec, like: Tree) -> Inverse:
         rows = self.rows(len(raveled(matvec, like)[0]))
@@ -64,7 +67,7 @@ class Nystroem(Preconditioner):
 
         def apply(b: Tree) -> Tree:
             vector = raveled(matvec, b)[0]
-            return unravel((vector - C.mT @ _solved(core, C @ vector)) / rho)
+            return unravel((vector - C.mT @ solved(core, C @ vector)) / rho)
 
         return Inverse(apply, self.rank)
 
@@ -81,11 +84,6 @@ class Nystroem(Preconditioner):
 def _scaled_to(C: Tensor, M: Tensor) -> Tensor:
     """The harmonic mean of the eigenvalues of C^T M^-1 C for the part that it leaves out, and at least sqrt(eps) of M's mean."""
     rank, n = C.shape
-    harmonic = rank / _solved(C @ C.mT, M).diagonal().sum()
+    harmonic = rank / solved(C @ C.mT, M).diagonal().sum()
     rho, floor = (n - rank) / n * harmonic, torch.finfo(C.dtype).eps ** 0.5 * M.diagonal().abs().mean()
     return torch.where(rho > floor, rho, floor)
-
-
-def _solved(A: Tensor, b: Tensor) -> Tensor:
-    x, info = torch.linalg.solve_ex(A, b)
-    return torch.where(info == 0, x, torch.nan)

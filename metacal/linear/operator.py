@@ -21,6 +21,10 @@ from metacal.linear.base import LinearMap, symmetric
 class Operator(ABC):
     """A choice of the matrix A = F_w^T, exact or approximate; ``F_h^T v`` is exact in every case."""
 
+    def is_symmetric(self, inner: Any) -> bool:
+        """Whether A is known to be symmetric. Where it is not, solvers that rely on it measure and say what they cannot infer."""
+        return False
+
     @abstractmethod
     def matrix(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> LinearMap:
         """``v -> F_w^T v`` and, as its transpose, ``v -> F_w v``."""
@@ -28,7 +32,7 @@ class Operator(ABC):
     def mixed(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree, v: Tree) -> Tree:
         """``F_h^T v``. Work: two to three gradients."""
         if inner.descent is None:
-            return _pulled_to_hparams(inner, params, hparams, batch, v)
+            return _pulled_to_hparams(inner, params, hparams, batch, carry, v)
         return inner.descent.products(params, hparams, batch, carry, v)[1]
 
 
@@ -38,6 +42,9 @@ class Hessian(Operator):
 
     An inner problem without an objective (a fixed point) has the :class:`Jacobian` of its residual instead.
     """
+
+    def is_symmetric(self, inner: Any) -> bool:
+        return inner.descent is not None
 
     def matrix(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> LinearMap:
         if inner.descent is None:
@@ -69,6 +76,14 @@ class GaussNewton(Operator):
     model: Callable[[Tree, Tree, Tree], Tree]
     loss: Callable[[Tree, Tree, Tree], Tensor]
 
+    def __post_init__(self) -> None:
+        for name, fn, arguments in (("model", self.model, "params"), ("loss", self.loss, "outputs")):
+            if not callable(fn):
+                raise TypeError(f"`{name}` should be a function ({arguments}, hparams, batch), got {type(fn).__name__}.")
+
+    def is_symmetric(self, inner: Any) -> bool:
+        return True
+
     def matrix(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> LinearMap:
         loss = operators.Loss(lambda outputs, h, b, c: (self.loss(outputs, h, b), c))
 
@@ -90,16 +105,26 @@ class GaussNewton(Operator):
 class Jacobian(Operator):
     """A = (d residual / dw)^T of any inner problem, by one recorded residual and a backward pass per product."""
 
-    def matrix(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> LinearMap:
-        def residual(w: Tree) -> Tree:
-            return inner.residual(w, hparams, batch)
+    def is_symmetric(self, inner: Any) -> bool:
+        return inner.descent is not None  # then it is the Hessian, computed in another way
 
-        pull = derivatives.func_vjp(residual, params)[1]
-        return LinearMap(lambda v: pull(v)[0], lambda v: derivatives.func_jvp(residual, (params,), (v,)))
+    def matrix(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> LinearMap:
+        def F(w: Tree) -> Tree:
+            return residual(inner, w, hparams, batch, carry)
+
+        pull = derivatives.func_vjp(F, params)[1]
+        return LinearMap(lambda v: pull(v)[0], lambda v: derivatives.func_jvp(F, (params,), (v,)))
 
     def mixed(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree, v: Tree) -> Tree:
-        return _pulled_to_hparams(inner, params, hparams, batch, v)
+        return _pulled_to_hparams(inner, params, hparams, batch, carry, v)
 
 
-def _pulled_to_hparams(inner: Any, params: Tree, hparams: Tree, batch: Tree, v: Tree) -> Tree:
-    return derivatives.func_vjp(lambda h: inner.residual(params, h, batch), hparams)[1](v)[0]
+def residual(inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> Tree:
+    """F(w, h). Where it is a gradient, with the carry at which it was taken: ``inner.residual`` knows that of the start only."""
+    if inner.descent is None:
+        return inner.residual(params, hparams, batch)
+    return inner.descent.gradient(params, hparams, batch, carry)[0]
+
+
+def _pulled_to_hparams(inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree, v: Tree) -> Tree:
+    return derivatives.func_vjp(lambda h: residual(inner, params, h, batch, carry), hparams)[1](v)[0]
