@@ -141,6 +141,7 @@ def _demo(parser: Parser, parsed: Namespace) -> None:
 
 def _pretrain(parser: Parser, parsed: Namespace) -> None:
     from metacal.train.experiment import pretrain
+    from metacal.train.results import scores_on
     from metacal.train.settings import as_config
     from metacal.train.summary import print_scores
 
@@ -148,20 +149,20 @@ def _pretrain(parser: Parser, parsed: Namespace) -> None:
     config = as_config(parser.instantiate(parsed)["pretrain"])
     folder = Path(given["out"] or f"runs/{config.data.name}-{config.tc2.reading}-seed{config.seed}")
     results = pretrain(config, folder, resume=given["resume"], progress=given["progress"])
-    print_scores({str(folder): results["scores"]})
+    print_scores({str(folder): scores_on(results, config.evaluate.split)})
 
 
 def _evaluate(parser: Parser, parsed: Namespace) -> None:
     from metacal.evaluate import SCORES, Case, assess
     from metacal.train import report
-    from metacal.train.results import read_results, write_drawings, write_scores
+    from metacal.train.results import read_results, with_scores, write_drawings, write_results
     from metacal.train.summary import collapse_notes, score_table, summarise, text_table
 
     given = parsed["evaluate"]
     folder = Path(given["run"])
     config = _run_config(folder)
-    encoder = _encoder(folder)
-    against = _encoder(Path(given["against"])) if given["against"] else None
+    encoder, unfinished = _encoder(folder)
+    against, theirs = _encoder(Path(given["against"])) if given["against"] else (None, None)
     asked = given["scores"].split(",")
     if asked == ["all"]:
         asked = [name for name in SCORES if name != "cka" or against is not None]
@@ -173,8 +174,11 @@ def _evaluate(parser: Parser, parsed: Namespace) -> None:
     neighbours, source = config.evaluate.neighbours, config.data.name
     cases = {name: Case(encoder, name, split, labels, neighbours, source, against, root, download) for name in names}
     scores = {name: assess(case, asked) for name, case in cases.items()}
-    write_scores(folder, read_results(folder), scores, split)
-    print("\n".join([text_table(score_table(scores)), *collapse_notes(scores)]))
+    print("\n".join([text_table(score_table(scores)), *collapse_notes(scores), *filter(None, (unfinished, theirs))]))
+    if unfinished:
+        print("These scores are of that step: they are printed, and nothing is written into the run's folder.")
+        return
+    write_results(folder, with_scores(read_results(folder), scores, split))
     if given["map"] != "none":
         for name, case in cases.items():
             points, classes = case.map(given["map"])
@@ -183,12 +187,13 @@ def _evaluate(parser: Parser, parsed: Namespace) -> None:
         print(f"Wrote {report.write(folder / 'report.html', summarise({folder.resolve().name: folder}))}")
 
 
-def _encoder(folder: Path) -> Encoder:
-    """The encoder of a run, as it was last saved."""
-    from metacal.train.experiment import encoder, restore
+def _encoder(folder: Path) -> tuple[Encoder, str | None]:
+    """The encoder of a run, as it was last saved, and what to say if that was before the run's end."""
+    from metacal.train.experiment import encoder, restore, unfinished
 
     config = _run_config(folder)
-    return encoder(config, restore(config, folder).theta)
+    state = restore(config, folder)
+    return encoder(config, state.theta), unfinished(config, folder, state)
 
 
 def _report(parser: Parser, parsed: Namespace) -> None:
@@ -211,7 +216,10 @@ def _study(parser: Parser, parsed: Namespace) -> None:
     given = parsed["study"]
     plan = study.load_study(given["file"])
     out = Path(given["out"] or Path("runs") / Path(given["file"]).stem)
-    failed = study.run(plan, out, processes=given["processes"], progress=given["progress"])
+    try:
+        failed = study.run(plan, out, processes=given["processes"], progress=given["progress"])
+    except ValueError as error:
+        raise ValueError(f"{given['file']}: {error}") from error
     study.write_records(plan, out)
     study.picture(plan, out)
     table = study.markdown(plan, out)
@@ -225,6 +233,7 @@ def _study(parser: Parser, parsed: Namespace) -> None:
 
 def _together(parser: Parser, parsed: Namespace) -> None:
     from metacal.study.together import pretrain_together
+    from metacal.train.results import scores_on
     from metacal.train.settings import find, load_config
     from metacal.train.summary import print_scores
 
@@ -232,7 +241,7 @@ def _together(parser: Parser, parsed: Namespace) -> None:
     config = load_config(find(given["settings"], parser))
     folder = Path(given["out"] or f"runs/{config.data.name}-{config.tc2.reading}")
     results = pretrain_together(config, given["seeds"], folder, progress=given["progress"])
-    print_scores({str(folder / f"seed{seed}"): found["scores"] for seed, found in results.items()})
+    print_scores({str(folder / f"seed{seed}"): scores_on(found, config.evaluate.split) for seed, found in results.items()})
 
 
 def _methods(parser: Parser, parsed: Namespace) -> None:

@@ -279,6 +279,12 @@ def test_the_demo_compares_four_methods(tmp_path: Path, capsys: pytest.CaptureFi
 # 3. Settings
 
 
+def test_the_readme_lists_the_packaged_configurations() -> None:
+    said = re.search(r"Packaged configurations:.*?\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert said is not None
+    assert sorted(re.findall(r"`(\w+)`", said[0])) == configurations()
+
+
 @pytest.mark.parametrize("name", configurations())
 def test_packaged_configurations_round_trip(name: str, tmp_path: Path) -> None:
     config = packaged(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -12,10 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import metacal
+from metacal import nets
 from metacal.data import load
 from metacal.evaluate import (
     dimension_std,
     features,
+    frozen,
     is_collapsed,
     knn,
     linear_probe,
@@ -301,6 +305,73 @@ def test_features_that_are_no_matrix() -> None:
         features(nn.Flatten(), torch.zeros(0, 1, 4, 4))
     with pytest.raises(ValueError, match="`batch_size` should be at least 1"):
         features(nn.Flatten(), torch.zeros(5, 1, 4, 4), batch_size=0)
+
+
+# -------------------------------------------------------------------------------------------------------------- frozen
+
+
+def with_batch_norm() -> nn.Sequential:
+    conv = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=None), nn.ReLU()
+    return nn.Sequential(*conv, nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5, momentum=None)).double()
+
+
+def by_the_batch(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    f = metacal.functional(net, batch_norm="batch")
+    return lambda x: f.apply(f.params, x)
+
+
+def shaded(n: int, size: int) -> Tensor:
+    """Noise that grows darker from image to image, as a set that is stored class by class."""
+    noise = torch.rand(n, 1, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return noise * torch.linspace(1, 0.1, n)[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("make", "n", "size"),
+    [(with_batch_norm, 301, 4), (lambda: nets.ResNet18(1).double(), 9, 8)],
+    ids=["small", "resnet18"],  # of 8 x 8 images a ResNet-18 makes maps of one pixel
+)
+def test_features_of_an_encoder_with_batch_norm_are_each_images_own(make: Callable[[], nn.Module], n: int, size: int) -> None:
+    images, encode, order = shaded(n, size), by_the_batch(make()), torch.randperm(n)
+    z = features(encode, images)
+    assert z.std(0).mean() > 1e-3
+    for batch_size in (n - 1, 4):  # the last batch has one image
+        torch.testing.assert_close(features(encode, images, batch_size), z, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(features(encode, images[order]), z[order], rtol=1e-10, atol=1e-10)
+    alone = frozen(encode, images)
+    torch.testing.assert_close(features(alone, images[3:5], 1), z[3:5], rtol=1e-10, atol=1e-10)  # frozen stays frozen
+    torch.testing.assert_close(features(frozen(alone, images[:4]), images), z, rtol=1e-10, atol=1e-10)
+
+
+def test_a_frozen_encoder_is_torchs_evaluation_mode_with_cumulative_statistics() -> None:
+    net, images, train = with_batch_norm(), shaded(20, 4), shaded(301, 4)
+    by_batch, seen = by_the_batch(net), []
+
+    def encode(x: Tensor) -> Tensor:
+        seen.append(x)
+        return by_batch(x)
+
+    z = frozen(encode, train)(images)
+    aborted, *batches, again = seen
+    assert aborted is again is images
+    assert [len(batch) for batch in batches] == [151, 150]
+    read = torch.cat(batches).flatten(1)
+    assert torch.equal(read[read.sum(1).argsort()], train.flatten(1)[train.flatten(1).sum(1).argsort()])  # all, once, shuffled
+    assert batches[0].mean().item() == pytest.approx(train.mean().item(), rel=0.1)
+    own = copy.deepcopy(net).train()
+    with torch.no_grad():
+        for batch in batches:
+            own(batch)
+    torch.testing.assert_close(z, own.eval()(images).detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(frozen(own, train[:9])(images), z, rtol=1e-12, atol=1e-12)  # has running statistics: they stay
+    assert own[1].num_batches_tracked == len(batches)
+
+
+def test_freezing_needs_images_where_there_is_something_to_freeze() -> None:
+    images = shaded(5, 4)
+    torch.testing.assert_close(frozen(nn.Flatten(), images[:0])(images), images.flatten(1))
+    with pytest.raises(ValueError, match=r"`images` should be at least 2 to estimate the statistics .* got 1\..*frozen\(encode, "):
+        features(by_the_batch(with_batch_norm()), images[:1])
 
 
 # ------------------------------------------------------------------------------------------------------------ monitors

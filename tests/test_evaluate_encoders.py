@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,23 @@ from torch import Tensor, nn
 import metacal
 from metacal import nets, objectives, optim, tc2, tree
 from metacal.data import Images, batch_indices, load, split_validation
-from metacal.evaluate import SCORES, Case, Encoder, assess, cka, features, few_shot, fine_tune, knn, linear_probe, logme, online
+from metacal.evaluate import (
+    SCORES,
+    Case,
+    Encoder,
+    assess,
+    check_online,
+    cka,
+    features,
+    few_shot,
+    fine_tune,
+    frozen,
+    knn,
+    linear_probe,
+    logme,
+    online,
+)
+from metacal.evaluate.parts import at_most
 
 CPU = torch.device("cpu")
 
@@ -171,8 +188,65 @@ def test_scores_that_lack_something() -> None:
         assess(case, ["leep"])
     with pytest.raises(ValueError, match=r"`against` should be the encoder to compare with.*--against RUN"):
         assess(case, ["cka"])
-    with pytest.raises(ValueError, match=r"`k` should be between 1 and the .* training rows, got 400"):
+    with pytest.raises(ValueError, match=r"`neighbours` should be at most the 249 training images of digits with labels, got 400"):
         assess(replace(case, neighbours=400), ["knn"])
+    with pytest.raises(ValueError, match=r"`labels` should give every class of digits at least 2 .* 15 give a class only 1") as said:
+        assess(replace(case, labels=15), ["probe"])
+    least = re.search(r"Ask for (\d+) or more", str(said.value))
+    assert least is not None
+    assess(replace(case, labels=int(least[1]), neighbours=5), ["probe", "knn"])
+    for name, value, expected in (("labels", 0, "at least 2"), ("neighbours", 0, "at least 1")):
+        with pytest.raises(ValueError, match=f"`{name}` should be {expected}, got 0"):
+            replace(case, **{name: value})
+
+
+def test_too_few_labels_for_a_curve_leave_it_out() -> None:
+    case = Case(encoder(), "digits", labels=15, neighbours=5)
+    assert set(assess(case, ["knn"])) == {"knn", "knn_200"}
+    assert case.curve() == ([], [])
+    assert case.map()[0].shape == (len(case.test), 2)
+
+
+def test_episodes_do_not_depend_on_the_number_of_labels() -> None:
+    few, many = (Case(encoder(), "digits", labels=labels) for labels in (20, 4000))
+    few = replace(few, encoder=many.encoder)
+    assert assess(few, ["few_shot"]) == assess(many, ["few_shot"])
+
+
+# ------------------------------------------------------------------------------------------------------- with BatchNorm
+
+
+def normalising() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 8))
+
+
+def test_a_case_freezes_batch_norm_on_training_images_whatever_is_asked() -> None:
+    f = metacal.functional(normalising(), batch_norm="batch")
+    enc = Encoder(f.apply, f.params, 8, 1)
+    few = Case(enc, "digits", "validation", labels=60)
+    z = few.z_test
+    encode = frozen(lambda x: enc.encode(enc.params, x), few.everything[0].images)
+    torch.testing.assert_close(z, features(encode, few.test.images), rtol=1e-4, atol=1e-4)
+    many = replace(few, labels=1000)
+    torch.testing.assert_close(many.encoded(few.test.select(torch.arange(5))), z[:5], rtol=1e-4, atol=1e-4)
+    assert assess(replace(few, against=enc), ["cka"])["cka"] == pytest.approx(1, abs=1e-4)
+
+
+def test_fine_tuning_with_batch_norm_judges_every_image_by_itself(digits: tuple[Images, Images]) -> None:
+    f = metacal.functional(normalising().double(), batch_norm="batch")
+    few, judged = digits[0].select(torch.arange(200)), digits[1]
+
+    def shaded(part: Images) -> Tensor:  # by class, which batches of one class would hide
+        return part.images.double() * (part.labels[:, None, None, None] + 1) / 10
+
+    def accuracy(part: Images) -> float:
+        return fine_tune(f.apply, f.params, shaded(few), few.labels, shaded(part), part.labels, steps=40, lr=1e-2).accuracy
+
+    whole = accuracy(judged)
+    assert whole > 0.6
+    one_class = [judged.select((judged.labels == label).nonzero().squeeze(1)) for label in range(10)]
+    parts = sum(accuracy(part) * len(part) for part in one_class) / len(judged)
+    assert parts == pytest.approx(whole, abs=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------- online
@@ -207,5 +281,18 @@ def test_online_scores_show_a_collapsed_and_a_diverged_encoder(digits: tuple[Ima
     assert all(value.isnan() for value in online(made, bad, digits[1]).values())
     with pytest.raises(ValueError, match=r"`images` \[\d+, 3, 8, 8\] have other channels"):
         online(made, state, replace(digits[1], images=digits[1].images.expand(-1, 3, -1, -1)))
-    with pytest.raises(ValueError, match="`k` should be between 1 and the"):
+    with pytest.raises(ValueError, match=r"`images` watched .*evaluate.online.* at least 1000 for as many neighbours; got \d+"):
         online(made, state, digits[1], neighbours=1000)
+    with pytest.raises(ValueError, match=r"2 of every class or more.*got 10 of 10 classes. Ask for 60 or more, or for none"):
+        check_online(at_most(digits[1], 5))
+    check_online(at_most(digits[1], 60))
+
+
+def test_online_scores_with_batch_norm_are_those_of_single_images(digits: tuple[Images, Images]) -> None:
+    made = tc2.Problem(tc2.network(normalising(), objectives.SimCLR(), dim=8, d=8), objectives.SimCLR())
+    theta = made.network.params
+    found = online(made, tc2.base(made, optim.adam(1e-3)).init(), digits[1])
+    learn, judge = split_validation(digits[1], 0.5, seed=0)
+    encode = frozen(lambda x: made.network.encode(theta, x), learn.images)
+    z, z_judge = encode(learn.images), torch.cat([encode(image) for image in judge.images.split(1)])
+    assert found["online_knn"].item() == pytest.approx(knn(z, learn.labels, z_judge, judge.labels))

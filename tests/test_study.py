@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,7 +79,15 @@ def test_changes_go_over_settings_group_by_group() -> None:
         ({"references": ["nobody"]}, "nobody"),
         ({"seeds": [1, 1]}, "seeds"),
         ({"seeds": []}, "seeds"),
-        ({"split": "train"}, "split"),
+        ({"seeds": ["x"]}, "`seeds` should be different whole numbers"),
+        ({"split": "train"}, r"tiny\.yaml: `split`"),
+        ({"grid": {**TINY["grid"], "lr": {}}}, "at least one name on every axis, the axis 'lr' has none"),
+        (
+            {"grid": {"method": {"base": {}, "lr < 0.1": {}, "LR > 0.1": {}}}},
+            "'lr < 0.1' and 'LR > 0.1' .* would share the folder 'lr-0.1'",
+        ),
+        ({"grid": {"method": {"base": {}, "???": {}}}}, r"'\?\?\?' on the axis 'method' makes no name of a folder"),
+        ({"grid": {"method": {"base": {}, "..": {}}}}, r"'\.\.' on the axis 'method' makes no name of a folder"),
         ({"seeds": 3}, "`seeds` should be a list, got 3"),
         ({"grid": {"method": {"base": 3}}}, "axis 'method' there is {'base': 3}"),
         ({"grid": {"method": None}}, "axis 'method' there is None"),
@@ -97,11 +106,22 @@ def test_missing_study() -> None:
 
 
 def test_settings_are_checked_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = study.load_study(write(tmp_path, settings={"train": {"stpes": 2}}))
-    with pytest.raises(SystemExit):
-        study.run(plan, tmp_path / "out", progress=False)
-    assert "did you mean" in capsys.readouterr().err
-    assert not list((tmp_path / "out").rglob("results.json"))
+    odd = {"TC² (paper)": {"tc2": {"readng": "paper"}}}
+    path, out = write(tmp_path, grid={"method": {"base": {}, **odd}}, seeds=[3]), tmp_path / "out"
+    assert main(["study", str(path), "--out", str(out), "--progress", "false"]) == 1
+    said = capsys.readouterr().err
+    assert "did you mean 'tc2.reading'?" in said
+    for named in (str(path), "method 'TC² (paper)', seed 3", str(out / "settings" / "tc²-paper" / "seed3.yaml")):
+        assert named in said
+    assert not list(out.rglob("log.txt"))
+
+
+@pytest.mark.parametrize("text", ["", "- a list"])
+def test_a_base_without_settings_is_named(text: str, tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(text)
+    with pytest.raises(ValueError, match=r"`base` should be a file of settings, .*base\.yaml holds"):
+        study.cells(study.load_study(write(tmp_path, base=str(base))))
 
 
 @pytest.mark.slow
@@ -132,7 +152,7 @@ def test_a_study_that_is_killed_goes_on_and_a_run_that_fails_does_not_stop_it(tm
         "tc2.reading",
         "method: TC² (paper)",
         "tc2_digits",
-        "linear probe %",
+        "Every run",
         "The folder out has one folder for each run",
         "Does it run?",
         "2 of 3 runs",
@@ -205,7 +225,7 @@ def test_p_values_are_corrected_for_the_comparisons_of_one_method_in_one_score(t
         ("VICReg", "TC² (paper)"): [61.0, 62.0, 64.0],
     }
     found = [
-        study.Finding({"objective": o, "method": m}, {"digits probe": dict(zip([1, 2, 3], v, strict=True))}, ())
+        study.Finding({"objective": o, "method": m}, {"digits probe": dict(zip([1, 2, 3], v, strict=True))}, {})
         for (o, m), v in scores.items()
     ]
     first, second = study.compare(plan, found, ["digits probe"], "base")
@@ -247,8 +267,75 @@ def test_the_page_names_collapsed_runs(tmp_path: Path) -> None:
         (tmp_path / cell.path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     said = study.page(plan, tmp_path).read_text(encoding="utf-8")
     assert "base/seed3: The encoder has collapsed on digits" in said
-    assert "base/seed4: 3 steps; linear probe % digits 10.00" in said
+    assert "<td>base/seed4</td>" in said
     assert said.count("has collapsed") == 1
+
+
+def test_scores_alone_do_not_finish_a_run(tmp_path: Path) -> None:
+    """As `metacal evaluate` of an interrupted run once left them: the study resumes the run, and reports nothing of it meanwhile."""
+    plan = study.load_study(write(tmp_path, grid={"method": {"base": {}}}, seeds=[3]))
+    (cell,) = study.cells(plan)
+    (tmp_path / cell.path).mkdir(parents=True)
+    (tmp_path / cell.path / "results.json").write_text(json.dumps({"scores": {"digits": {"probe": 0.5}}}), encoding="utf-8")
+    assert not study.runner.finished(tmp_path, cell)
+    assert study.findings(plan, tmp_path) == []
+    assert study.write_records(plan, tmp_path).read_text(encoding="utf-8") == ""
+    assert "base/seed3: not finished" in study.page(plan, tmp_path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("written", ["apart", "as before splits stood apart"])
+def test_a_study_reads_the_scores_of_its_split(written: str, tmp_path: Path) -> None:
+    plan = study.load_study(write(tmp_path, grid={"method": {"base": {}}}, seeds=[3], split="validation"))
+    (cell,) = study.cells(plan)
+    costs = {"measured": {}, "seconds_per_step": None, "images_per_step": 2, "steps": 3}
+    on_validation, on_test = {"digits": {"probe": 0.5}}, {"digits": {"probe": 0.25}}
+    apart = {"split": "validation", "scores": on_test, "validation_scores": on_validation}
+    (tmp_path / cell.path).mkdir(parents=True)
+    (tmp_path / cell.path / "config.yaml").write_text(yaml.safe_dump(dict(cell.settings)), encoding="utf-8")
+    results = {**costs, **(apart if written == "apart" else {"scores": on_validation})}
+    (tmp_path / cell.path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (found,) = study.findings(plan, tmp_path)
+    assert found.values["digits probe"] == {3: 50.0}
+    assert "seconds per step" not in found.values
+    (record,) = study.write_records(plan, tmp_path).read_text(encoding="utf-8").splitlines()
+    assert json.loads(record)["results"]["validation_scores"] == on_validation
+    assert "NaN" not in record
+
+
+def test_the_page_has_every_score_and_what_each_run_had(tmp_path: Path) -> None:
+    plan = study.load_study(write(tmp_path, grid={"method": {"base": {}}}, seeds=[3, 4]))
+    for cell, x in zip(study.cells(plan), (0.0, 0.25), strict=True):
+        judged = {
+            "probe": 0.5 + x,
+            "knn": 0.125 + x,
+            "knn_200": 0.25 + x,
+            "rank_me": 4 + x,
+            "logme": x,
+            "few_shot_1": x,
+            "few_shot_1_95": 9.0,
+        }
+        measured = {"conflict_rate": 0.375 + x}
+        results = {"scores": {"digits": judged}, "measured": measured, "seconds_per_step": 0.625 + x, "images_per_step": 2, "steps": 3}
+        (tmp_path / cell.path).mkdir(parents=True)
+        (tmp_path / cell.path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (found,) = study.findings(plan, tmp_path)
+    assert found.values["digits kNN, k = 200 %"] == {3: 25.0, 4: 50.0}
+    assert found.values["digits LogME"] == {3: 0.0, 4: 0.25}
+    assert study.scores([found]) == ["digits probe", "digits knn"]
+    said = study.page(plan, tmp_path).read_text(encoding="utf-8")
+
+    def rows(title: str) -> list[list[str]]:
+        body = said.split(f"<h2>{title}</h2>")[1].split("</table>")[0]
+        return [re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", row) for row in body.split("</tr>")[:-1]]
+
+    assert rows("Every run") == [
+        ["run", "steps", "digits probe", "digits knn", "digits RankMe", "conflict_rate", "seconds per step"],
+        ["base/seed3", "3", "50", "12.5", "4", "0.375", "0.625"],
+        ["base/seed4", "3", "75", "37.5", "4.25", "0.625", "0.875"],
+    ]
+    names, values = rows("Other scores")
+    assert names == ["method", "seeds", "digits kNN, k = 200 %", "digits 5-way 1-shot %", "digits LogME", "digits RankMe"]
+    assert values[2] == "37.5 ± 1.6e+02"
 
 
 def test_correlations_are_over_runs_with_the_places_means_taken_off(tmp_path: Path) -> None:
@@ -261,7 +348,7 @@ def test_correlations_are_over_runs_with_the_places_means_taken_off(tmp_path: Pa
         study.Finding(
             {"objective": o, "method": m},
             {"x": dict(zip([1, 2], conflict[o, m], strict=True)), "y": dict(zip([1, 2], score[o, m], strict=True))},
-            (),
+            {},
         )
         for o, m in conflict
     ]
@@ -284,7 +371,7 @@ def test_the_overall_difference_is_paired_in_the_means_over_the_places(tmp_path:
         ("VICReg", "base"): {1: 7.0, 2: 5.0, 3: 6.0},
         ("VICReg", "TC² (paper)"): {1: 8.0, 2: 8.0, 3: 6.0},  # + 1, 3, 0
     }
-    found = [study.Finding({"objective": o, "method": m}, {"score": v}, ()) for (o, m), v in values.items()]
+    found = [study.Finding({"objective": o, "method": m}, {"score": v}, {}) for (o, m), v in values.items()]
     (name,) = differences = study.overall(plan, found, "score", "base")
     assert name == "TC² (paper)"
     assert differences[name] == paired_interval([1.0, 2.0, 1.0], [0.0, 0.0, 0.0])
@@ -296,7 +383,7 @@ def test_the_overall_difference_is_paired_in_the_means_over_the_places(tmp_path:
 def test_the_page_draws_the_differences_to_every_reference(tmp_path: Path) -> None:
     plan = study.load_study(write(tmp_path, seeds=[1, 2, 3], references=["base", "TC² (paper)"]))
     found = [
-        study.Finding({"objective": o, "method": m}, {study.TRANSFER: {1: first, 2: 51.0, 3: 52.0}}, ())
+        study.Finding({"objective": o, "method": m}, {study.TRANSFER: {1: first, 2: 51.0, 3: 52.0}}, {})
         for o in ("SimCLR", "VICReg")
         for m, first in (("base", 50.0), ("TC² (paper)", 53.0))
     ]
@@ -319,7 +406,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_studys(tmp_path:
     path.parent.mkdir(parents=True)
     path.write_text(yaml.safe_dump(dict(cell.settings), sort_keys=False), encoding="utf-8")
     (tmp_path / cell.path).mkdir(parents=True)
-    (tmp_path / cell.path / "results.json").write_text("{}", encoding="utf-8")
+    (tmp_path / cell.path / "results.json").write_text('{"steps": 2}', encoding="utf-8")
     assert study.run(before, tmp_path, progress=False) == []
     after = study.load_study(write(tmp_path, grid=grid, seeds=[3], settings={"train": {"steps": 3}}))
     with pytest.raises(ValueError, match="other settings"):

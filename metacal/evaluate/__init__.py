@@ -10,6 +10,7 @@ from metacal.evaluate.few_shot import few_shot as few_shot
 from metacal.evaluate.fine_tune import FineTuned as FineTuned
 from metacal.evaluate.fine_tune import fine_tune as fine_tune
 from metacal.evaluate.flat_map import flat_map as flat_map
+from metacal.evaluate.freeze import frozen as frozen
 from metacal.evaluate.h_score import h_score as h_score
 from metacal.evaluate.intervals import Interval as Interval
 from metacal.evaluate.intervals import mean_interval as mean_interval
@@ -24,6 +25,7 @@ from metacal.evaluate.monitors import dimension_std as dimension_std
 from metacal.evaluate.monitors import is_collapsed as is_collapsed
 from metacal.evaluate.monitors import rank_me as rank_me
 from metacal.evaluate.monitors import uniformity as uniformity
+from metacal.evaluate.online import check_online as check_online
 from metacal.evaluate.online import online as online
 from metacal.evaluate.probe import ProbeResult as ProbeResult
 from metacal.evaluate.probe import class_probabilities as class_probabilities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +19,10 @@ from metacal.evaluate.encode import features
 from metacal.evaluate.few_shot import few_shot
 from metacal.evaluate.fine_tune import fine_tune
 from metacal.evaluate.flat_map import flat_map
+from metacal.evaluate.freeze import frozen
 from metacal.evaluate.h_score import h_score
 from metacal.evaluate.knn import knn
-from metacal.evaluate.label_curve import LabelCurve, label_curve
+from metacal.evaluate.label_curve import PER_CLASS, LabelCurve, label_curve
 from metacal.evaluate.leep import leep, nce
 from metacal.evaluate.logme import logme
 from metacal.evaluate.monitors import dimension_std, is_collapsed, rank_me
@@ -35,7 +37,10 @@ SCORES: tuple[Score, ...] = get_args(Score)
 """The scores that :func:`assess` knows; all but fine_tune read frozen features only."""
 
 NEIGHBOURS = 200
+_EPISODE_IMAGES = 4000  # that few-shot episodes are drawn from, at most
+_STATISTICS_IMAGES = 4000  # training images that the statistics of BatchNorm are estimated on, at most
 _MAP_POINTS = 1000
+_PLENTY = 400  # labels: two and more of every class of every set that there is
 
 
 class Encoder(NamedTuple):
@@ -55,11 +60,18 @@ class Case:
         encoder: what is judged.
         data: the data set's name.
         split: "validation" to choose settings, "test" to report, once.
-        labels: training images with labels, at most (fine-tuning takes its share of all); the same ones for every encoder.
+        labels: training images with labels, at most (fine-tuning takes its share of all, episodes are drawn from others); the same ones
+            for every encoder.
         neighbours: k of the weighted kNN, besides 200.
         source: the data set whose classes LEEP and NCE translate; the one pretrained on.
         against: the encoder that CKA compares with.
         root, download: where data sets are, and whether to fetch missing ones.
+
+    BatchNorm that would take the statistics of the batch has those of the data set's training images (without their labels), so that an
+    image's features are its own: see :func:`metacal.evaluate.frozen`.
+
+    Errors:
+        ValueError: fewer than 2 ``labels``, or no ``neighbours``.
     """
 
     encoder: Encoder
@@ -71,6 +83,11 @@ class Case:
     against: Encoder | None = None
     root: Root = None
     download: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("labels", 2), ("neighbours", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` should be at least {least}, got {getattr(self, name)}.")
 
     @cached_property
     def everything(self) -> tuple[Images, Images]:
@@ -107,10 +124,43 @@ class Case:
     def encoded(self, images: Images, encoder: Encoder | None = None) -> Tensor:
         chosen = encoder or self.encoder
         device = next((leaf.device for leaf in tree.leaves(chosen.params)), None)
-        return features(lambda x: chosen.encode(chosen.params, x), images.images, device=device)
+        return features(self._frozen if encoder is None else self._freeze(encoder), images.images, device=device)
+
+    @cached_property
+    def _frozen(self) -> Callable[[Tensor], Tensor]:
+        return self._freeze(self.encoder)
+
+    def _freeze(self, encoder: Encoder) -> Callable[[Tensor], Tensor]:
+        seen = resize(at_most(self.everything[0], _STATISTICS_IMAGES), encoder.image_size, encoder.channels)
+        return frozen(lambda x: encoder.encode(encoder.params, x), seen.images)
+
+    def check(self, scores: Sequence[str]) -> None:
+        """Raises ValueError where a score lacks something, or images of the data set for ``labels`` or ``neighbours``; encodes nothing."""
+        unknown = [name for name in scores if name not in SCORES]
+        if unknown:
+            raise ValueError(f"`scores` should be some of {', '.join(SCORES)}; got {unknown[0]!r}.")
+        if "cka" in scores and self.against is None:
+            raise ValueError("`against` should be the encoder to compare with, got None. On the command line name its run: --against RUN.")
+        if self.labels >= _PLENTY >= self.neighbours:
+            return  # and the images are not read for this
+        few, everything = at_most(self.everything[0], self.labels), self.everything[0]
+        smallest = int(few.labels.unique(return_counts=True)[1].min())
+        if "probe" in scores and smallest < 2:
+            least = math.ceil(1.5 * len(everything) / int(everything.labels.unique(return_counts=True)[1].min()))
+            raise ValueError(
+                f"`labels` should give every class of {self.data} at least 2 training images, of which the probe holds one out; "
+                f"{self.labels} give a class only {smallest}. Ask for {least} or more, or leave the probe out."
+            )
+        if "knn" in scores and self.neighbours > len(few):
+            raise ValueError(
+                f"`neighbours` should be at most the {len(few)} training images of {self.data} with labels, got {self.neighbours}. Take "
+                "fewer, or more `labels` where there are more."
+            )
 
     def curve(self) -> LabelCurve:
-        """The probe's accuracy against the number of labels."""
+        """The probe's accuracy against the number of labels; empty where a class has too few for the smallest size."""
+        if int(self.train.labels.unique(return_counts=True)[1].min()) < min(PER_CLASS):
+            return LabelCurve([], [])
         return label_curve(self.z_train, self.train.labels, self.z_test, self.test.labels)
 
     def map(self, method: Literal["pca", "tsne"] = "pca") -> tuple[Tensor, Tensor]:
@@ -144,9 +194,7 @@ def assess(case: Case, scores: Sequence[Score] = ("probe", "knn", "monitors")) -
     >>> sorted(assess(case, ["knn", "h_score"]))
     ['h_score', 'knn', 'knn_200']
     """
-    unknown = [name for name in scores if name not in _TABLE]
-    if unknown:
-        raise ValueError(f"`scores` should be some of {', '.join(SCORES)}; got {unknown[0]!r}.")
+    case.check(scores)
     found: dict[str, float] = {}
     for name in scores:
         found |= _TABLE[name](case)
@@ -171,7 +219,7 @@ def _monitors(case: Case) -> dict[str, float]:
 
 
 def _few_shot(case: Case) -> dict[str, float]:
-    images = case.fitted(episode_images(case.data, case.split, case.labels, case.root, case.download))
+    images = case.fitted(episode_images(case.data, case.split, _EPISODE_IMAGES, case.root, case.download))
     z = case.encoded(images)
     found: dict[str, float] = {}
     for shots in (1, 5):
@@ -190,8 +238,7 @@ def _fine_tune(case: Case) -> dict[str, float]:
 
 
 def _cka(case: Case) -> dict[str, float]:
-    if case.against is None:
-        raise ValueError("`against` should be the encoder to compare with, got None. On the command line name its run: --against RUN.")
+    assert case.against is not None  # as checked
     theirs = resize(case.everything[1], case.against.image_size, case.against.channels)
     return {"cka": cka(case.z_test, case.encoded(theirs, case.against))}
 

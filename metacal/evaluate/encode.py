@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metacal.data import to_float
+from metacal.evaluate.freeze import frozen
 from metacal.nets.fit import images_fit
 
 
@@ -17,7 +17,9 @@ def features(
 ) -> Tensor:
     """Encodes images batch by batch, without gradients: ``[N, C, H, W]`` -> ``[N, d]`` on the CPU.
 
-    uint8 images are divided by 255. An ``nn.Module`` runs in evaluation mode and gets each submodule's mode back afterwards.
+    uint8 images are divided by 255. An ``nn.Module`` runs in evaluation mode and gets each submodule's mode back afterwards. Neither the
+    order of the images nor ``batch_size`` matters to an image's features: where BatchNorm takes the statistics of the batch, it is given
+    those of ``images``, see :func:`metacal.evaluate.frozen`. To compare sets (training and test images), freeze on one of them first.
 
     Args:
         encode: an ``nn.Module``, or any function of a floating-point batch, that returns ``[B, d]``.
@@ -28,32 +30,20 @@ def features(
     Errors:
         ValueError: no images, images of other channels or sizes than ``encode`` takes, or an encoder that returns anything but ``[B, d]``.
 
-    >>> features(nn.Flatten(), torch.zeros(5, 1, 8, 8), batch_size=2).shape
+    >>> features(torch.nn.Flatten(), torch.zeros(5, 1, 8, 8), batch_size=2).shape
     torch.Size([5, 64])
     """
     if not len(images):
         raise ValueError(f"`images` should not be empty, got {tuple(images.shape)}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` should be at least 1, got {batch_size}.")
+    encode = frozen(encode, images)
     encoded = []
-    with torch.no_grad(), _evaluation_mode(encode):
-        for batch in images.split(batch_size):
-            batch = batch.to(device) if device is not None else batch
-            with images_fit(batch):
-                z = encode(to_float(batch))
-            if z.ndim != 2 or len(z) != len(batch):
-                raise ValueError(f"`encode` should return [{len(batch)}, d], got {tuple(z.shape)}. Pool or flatten the maps in it.")
-            encoded.append(z.cpu())
+    for batch in images.split(batch_size):
+        batch = batch.to(device) if device is not None else batch
+        with images_fit(batch):
+            z = encode(to_float(batch))
+        if z.ndim != 2 or len(z) != len(batch):
+            raise ValueError(f"`encode` should return [{len(batch)}, d], got {tuple(z.shape)}. Pool or flatten the maps in it.")
+        encoded.append(z.cpu())
     return torch.cat(encoded)
-
-
-@contextmanager
-def _evaluation_mode(encode: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    modes = [(module, module.training) for module in encode.modules()] if isinstance(encode, nn.Module) else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

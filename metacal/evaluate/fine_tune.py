@@ -15,6 +15,7 @@ from metacal._typing import Tree
 from metacal.data import batch_indices, to_float
 from metacal.evaluate._inputs import classes, known_classes, several_classes
 from metacal.evaluate.encode import features
+from metacal.evaluate.freeze import frozen
 from metacal.inner import descent, run
 
 
@@ -46,8 +47,9 @@ def fine_tune(
     Adam, its rate falling to 0 along a cosine. The head starts at 0 and reads features standardised, as a probe's are, by the mean
     and deviation that the training images have before training (on a briefly trained encoder: 72% instead of 55% on Fashion-MNIST,
     540 labels). Budget and rate are the same for every encoder, and the last step counts, so that nothing is chosen on the test
-    images. No augmentation. ``params`` are left as they were; nothing is drawn from torch's generators. Cost: two passes over the
-    images and ``steps`` training steps of ``batch_size`` (all of them where there are fewer).
+    images. No augmentation. BatchNorm that takes the statistics of the batch does so while training; what is judged has those of the
+    training images (:func:`metacal.evaluate.frozen`). ``params`` are left as they were; nothing is drawn from torch's generators. Cost:
+    two passes over the images and ``steps`` training steps of ``batch_size`` (all of them where there are fewer).
 
     Args:
         encode: ``encode(params, x [B, C, H, W]) -> [B, d]``; of a module, ``metacal.functional(module).apply``.
@@ -99,5 +101,6 @@ def fine_tune(
     tuned = run(solver, solver.init({"encoder": tree.detach(params), "head": head}, {}), {}, order).params
     if not all(leaf.isfinite().all() for leaf in tree.leaves(tuned)):
         raise ArithmeticError(f"Fine-tuning diverged: its params are not finite after {steps} steps. Lower `lr` = {lr}.")
-    predicted = features(lambda images: logits(tuned, images), test, device=like.device).argmax(1)
+    judged = frozen(lambda images: logits(tuned, images), x)
+    predicted = features(judged, test, device=like.device).argmax(1)
     return FineTuned((predicted == y_test.to(predicted.device)).double().mean().item(), tuned)

@@ -10,6 +10,7 @@ from torch import Tensor
 from metacal._typing import Tree
 from metacal.data import Images, split_validation
 from metacal.evaluate.encode import features
+from metacal.evaluate.freeze import frozen
 from metacal.evaluate.knn import knn
 from metacal.evaluate.monitors import dimension_std, rank_me
 from metacal.evaluate.probe import linear_probe
@@ -29,7 +30,7 @@ def online(problem: Problem, state: MethodState, images: Images, *, neighbours: 
         neighbours: k, at most half the images.
 
     Errors:
-        ValueError: fewer images than neighbours need, a class with one image, images of other channels than the encoder takes.
+        ValueError: as :func:`check_online`; images of other channels than the encoder takes.
 
     >>> from metacal import nets, objectives, optim, tc2
     >>> net = tc2.network(nets.ConvEncoder(width=8, dim=8), objectives.SimCLR(), dim=8, d=8)
@@ -38,9 +39,11 @@ def online(problem: Problem, state: MethodState, images: Images, *, neighbours: 
     >>> sorted(online(problem, tc2.base(problem, optim.adam(1e-3)).init(), images, neighbours=5))
     ['dimension_std', 'online_knn', 'online_probe', 'rank_me']
     """
-    learn, judge = split_validation(images, 0.5, seed=0)
+    check_online(images, neighbours)
+    learn, judge = _halves(images)
     theta: Tree = state.theta
-    z, z_judge = (features(lambda x: problem.network.encode(theta, x), part.images) for part in (learn, judge))
+    encode = frozen(lambda x: problem.network.encode(theta, x), learn.images)
+    z, z_judge = (features(encode, part.images) for part in (learn, judge))
     if not (z.isfinite().all() and z_judge.isfinite().all()):  # the loop's owner decides, by the NaN in its log
         nan = torch.tensor(torch.nan)
         return {"online_probe": nan, "online_knn": nan, "rank_me": nan, "dimension_std": nan}
@@ -54,3 +57,19 @@ def online(problem: Problem, state: MethodState, images: Images, *, neighbours: 
         "rank_me": rank_me(z_judge),
         "dimension_std": dimension_std(z_judge),
     }
+
+
+def check_online(images: Images, neighbours: int = 20) -> None:
+    """Raises ValueError where :func:`online` has too few images, or a class one alone: to be told before training."""
+    numbers = images.labels.unique(return_counts=True)[1]
+    if not len(numbers) or numbers.min() < 2 or len(_halves(images)[0]) < neighbours:
+        raise ValueError(
+            f"`images` watched while training (setting evaluate.online) should be 2 of every class or more, and half of them at least "
+            f"{neighbours} for as many neighbours; got {len(images)} of {len(numbers)} classes. Ask for "
+            f"{max(4 * len(numbers), 3 * neighbours)} or more, or for none."
+        )
+
+
+def _halves(images: Images) -> tuple[Images, Images]:
+    """(to learn from, to judge on)"""
+    return split_validation(images, 0.5, seed=0)

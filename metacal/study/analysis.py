@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from metacal.evaluate.intervals import Interval, holm, mean_interval, paired_interval, paired_p_value
+from metacal.evaluate.parts import Split
 from metacal.study.plan import Cell, Study, cells
-from metacal.train.results import read_results
+from metacal.train.results import read_results, scores_on
+from metacal.train.summary import SCORES
 
 TRANSFER = "transfer probe"
 """The measure that a study is judged by: the mean linear probe over the data sets other than the one trained on."""
@@ -22,7 +24,7 @@ class Finding:
 
     names: Mapping[str, str]
     values: Mapping[str, Mapping[int, float]]
-    folders: tuple[Path, ...]
+    folders: Mapping[int, Path]  # of the runs by seed, within the study's
 
     def interval(self, measure: str) -> Interval | None:
         """Mean and half width of the 95% t-interval over seeds; None with fewer than two seeds."""
@@ -53,30 +55,33 @@ def findings(study: Study, out: str | Path) -> list[Finding]:
     found = []
     for runs in gathered.values():
         values: dict[str, dict[int, float]] = {}
-        folders = []
+        folders = {}
         for cell in runs:
             results = read_results(Path(out) / cell.path)
             if results:
-                folders.append(cell.path)
-                for measure, value in _measures(results, cell.settings.get("data", {}).get("name", "")).items():
+                folders[cell.seed] = cell.path
+                for measure, value in _measures(results, cell.settings.get("data", {}).get("name", ""), study.split).items():
                     values.setdefault(measure, {})[cell.seed] = value
         if folders:
-            found.append(Finding(runs[0].names, values, tuple(folders)))
+            found.append(Finding(runs[0].names, values, folders))
     return found
 
 
-def _measures(results: Mapping[str, Any], trained_on: str) -> dict[str, float]:
-    """Scores in percent, the mean probe of the sets that were not trained on, what was measured of conflict, and the cost."""
-    scores = results.get("scores", {})
+def _measures(results: Mapping[str, Any], trained_on: str, split: Split) -> dict[str, float]:
+    """Scores, the mean probe of the sets that were not trained on, what was measured of conflict, and the cost; accuracies in percent."""
+    scores = scores_on(results, split)
     others = [100 * by["probe"] for data, by in scores.items() if data != trained_on and "probe" in by]
     found: dict[str, float] = {TRANSFER: sum(others) / len(others)} if others else {}
-    found |= {f"{data} {score}": 100 * by[score] for data, by in scores.items() for score in ("probe", "knn") if score in by}
-    found |= {f"{data} RankMe": by["rank_me"] for data, by in scores.items() if "rank_me" in by}
-    found |= {name: value for name, value in results.get("measured", {}).items() if value == value}
-    if results["seconds_per_step"] is not None:  # a run that was killed while it was judged has timed no step since
-        found["seconds per step"] = results["seconds_per_step"]
+    for data, by in scores.items():
+        for score, label in SCORES.items():
+            if score in by:
+                name = score if score in ("probe", "knn") else label
+                found[f"{data} {name}"] = (100 if label.endswith("%") else 1) * by[score]
+    found |= results.get("measured", {})
+    found["seconds per step"] = results["seconds_per_step"]
     found["encoder images"] = float(results["images_per_step"] * results["steps"])
-    return found
+    found["steps"] = float(results["steps"])
+    return {measure: value for measure, value in found.items() if value == value}  # NaN: a run killed while it was judged timed no step
 
 
 def compare(study: Study, found: Sequence[Finding], measures: Sequence[str], reference: str) -> list[Comparison]:

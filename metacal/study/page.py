@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from metacal.study.analysis import TRANSFER, Comparison, Correlation, Finding, compare, correlate, findings, overall
 from metacal.study.plan import Settings, Study, cells
@@ -13,8 +12,8 @@ from metacal.train import report
 from metacal.train._files import replacing
 from metacal.train.pictures import Intervals, Points, draw_intervals
 from metacal.train.report import Cell, Report, Table
-from metacal.train.results import read_results
-from metacal.train.summary import collapse_notes
+from metacal.train.results import read_results, scores_on
+from metacal.train.summary import SCORES, collapse_notes
 
 _COSTS = ("encoder images", "seconds per step")
 _CONFLICT = (
@@ -35,6 +34,11 @@ _CONFLICT_NOTE = (
 def scores(found: Sequence[Finding]) -> list[str]:
     """The accuracies that some run has, the one that a study is judged by first."""
     return list(dict.fromkeys(m for f in found for m in f.values if m.endswith((" probe", " knn"))))
+
+
+def others(found: Sequence[Finding]) -> list[str]:
+    """What else some run was judged by."""
+    return list(dict.fromkeys(m for f in found for m in f.values if m.endswith(tuple(f" {label}" for label in SCORES.values()))))
 
 
 def differences(study: Study, found: Sequence[Finding], reference: str, measure: str) -> Intervals:
@@ -63,8 +67,8 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
     run = f"{len(plan) - len(missing)} of {len(plan)} runs are finished: " + ", ".join(
         f"{len(names)} on axis '{axis}' ({', '.join(names)})" for axis, names in study.grid.items()
     )
-    by_folder = {folder: read_results(out / folder) for f in found for folder in f.folders}
-    collapsed = [f"{folder}: {note}" for folder, results in by_folder.items() for note in collapse_notes(results["scores"])]
+    folders = [folder for f in found for folder in f.folders.values()]
+    collapsed = [f"{folder}: {note}" for folder in folders for note in collapse_notes(scores_on(read_results(out / folder), study.split))]
     intro = [text for text in (study.question, f"{run}; seeds {', '.join(map(str, study.seeds))}; judged on {study.split} images.") if text]
     tables = [
         Table(
@@ -73,6 +77,7 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
             note="Accuracies in percent: mean ± half width of the 95% t-interval over seeds. Transfer probe: the mean linear probe of "
             "the data sets that were not trained on.",
         ),
+        Table("Other scores", [_row(f, others(found)) for f in found], note="Accuracies in percent, as above."),
         Table("What was run", _settings(study), note="Settings that no row names are those of the base configuration and the defaults."),
         Table("Conflict between tasks", [_row(f, _CONFLICT) for f in found if _CONFLICT[0] in f.values], note=_CONFLICT_NOTE),
     ]
@@ -88,12 +93,19 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
     judged_by = scores(found)[:1]
     correlated = [c for x in _CONFLICT[:2] for y in judged_by if (c := correlate(study, found, x, y)) is not None]
     drawn = [differences(study, found, reference, score) for reference in study.references for score in judged_by]
+    ranks = [measure for measure in others(found) if measure.endswith(SCORES["rank_me"])]
+    every = ["steps", *scores(found), *ranks, _CONFLICT[0], "seconds per step"]
+    tables.append(
+        Table(
+            "Every run",
+            [{"run": str(path), **{m: f.values.get(m, {}).get(seed) for m in every}} for f in found for seed, path in f.folders.items()],
+            note=f"The folder {out.name} has one folder for each run, with its config.yaml, metrics.jsonl, results.json and log.txt.",
+        )
+    )
     footnotes = [
         *study.notes,
-        f"The folder {out.name} has one folder for each run, with its config.yaml, metrics.jsonl, results.json and log.txt.",
         *collapsed,
         *(f"{cell.path}: not finished" for cell in missing),
-        *(_trace(folder, results) for folder, results in by_folder.items()),
     ]
     shown = Report(
         study.title,
@@ -121,12 +133,6 @@ def _flat(settings: Settings, prefix: str = "") -> dict[str, str]:
     for key, value in settings.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: str(value)}
     return found
-
-
-def _trace(folder: object, results: Mapping[str, Any]) -> str:
-    """A run's line: its steps, and the scores that the tables are made of."""
-    probes = ", ".join(f"{data} {100 * by['probe']:.2f}" for data, by in results["scores"].items() if "probe" in by)
-    return f"{folder}: {results['steps']} steps; linear probe % {probes}"
 
 
 def picture(study: Study, out: str | Path) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -42,13 +42,15 @@ class Study:
     together: bool = False
 
     def __post_init__(self) -> None:
+        for axis, names in self.grid.items():
+            _require_folders(axis, list(names))
         if self.axis not in self.grid or not set(self.references) <= self.grid[self.axis].keys():
             axes = {axis: list(names) for axis, names in self.grid.items()}
             raise ValueError(
                 f"`references` should be names on the grid's axis `{self.axis}`, got {list(self.references)}; the grid has {axes}."
             )
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            raise ValueError(f"`seeds` should be different numbers, at least one; got {list(self.seeds)}.")
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds or not all(isinstance(seed, int) for seed in self.seeds):
+            raise ValueError(f"`seeds` should be different whole numbers, at least one; got {list(self.seeds)}.")
         if self.split not in ("validation", "test"):
             raise ValueError(f"`split` should be 'validation' or 'test', got {self.split!r}.")
 
@@ -94,15 +96,18 @@ def load_study(path: str | Path) -> Study:
             raise ValueError(f"{path}: `grid` should hold {{axis: {{name: settings}}}}; on the axis '{axis}' there is {names!r}.")
     grid = {axis: {str(name): settings or {} for name, settings in names.items()} for axis, names in given["grid"].items()}
     lists = {name: tuple(given[name]) for name in ("seeds", "references", "notes") if name in given}
-    return Study(**{**given, **lists, "grid": grid})
+    try:
+        return Study(**{**given, **lists, "grid": grid})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def cells(study: Study) -> list[Cell]:
     """Every run of the grid, seed by seed, so that a study that is stopped has whole seeds first."""
-    runs = []
+    runs, common = [], merged(_base(study.base), study.settings)
     for seed in study.seeds:
         for names in itertools.product(*study.grid.values()):
-            settings: Settings = merged(_base(study.base), study.settings)
+            settings: Settings = common
             for axis, name in zip(study.grid, names, strict=True):
                 settings = merged(settings, study.grid[axis][name])
             settings = merged(settings, {"seed": seed, "evaluate": {"split": study.split}})
@@ -125,8 +130,28 @@ def _base(name: str) -> Settings:
 
     from metacal.train.settings import find, settings_parser
 
-    loaded: Settings = yaml.safe_load(find(name, settings_parser()).read_text(encoding="utf-8"))
+    loaded = yaml.safe_load(find(name, settings_parser()).read_text(encoding="utf-8"))
+    if not isinstance(loaded, dict):
+        raise ValueError(
+            f"`base` should be a file of settings, {name} holds {loaded or 'none'}. `metacal pretrain --print_config` prints a whole one."
+        )
     return loaded
+
+
+def _require_folders(axis: str, names: Sequence[str]) -> None:
+    if not names:
+        raise ValueError(f"`grid` should have at least one name on every axis, the axis '{axis}' has none. Leave it out, or name one.")
+    folders: dict[str, str] = {}
+    for name in names:
+        folder = _slug(name)
+        if not folder.strip("."):
+            raise ValueError(f"`grid`: '{name}' on the axis '{axis}' makes no name of a folder. Use letters or digits.")
+        if folder in folders:
+            raise ValueError(
+                f"`grid`: '{folders[folder]}' and '{name}' on the axis '{axis}' would share the folder '{folder}', and be one run. Let "
+                "their letters or digits differ."
+            )
+        folders[folder] = name
 
 
 def _slug(name: str) -> str:

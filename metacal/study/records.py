@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metacal.study.plan import Study, cells
 from metacal.train._files import replacing
-from metacal.train.results import read_results
+from metacal.train.results import nulled, read_results
 
 RECORDS = "runs.jsonl"
 
@@ -20,7 +20,7 @@ def write_records(study: Study, out: str | Path) -> Path:
         results = read_results(out / cell.path)
         if results:
             record = {"run": str(cell.path), **cell.names, "seed": cell.seed, "settings": cell.settings, "results": results}
-            lines.append(json.dumps(record, ensure_ascii=False))
+            lines.append(json.dumps(nulled(record), ensure_ascii=False, allow_nan=False))
     with replacing(out / RECORDS) as file:
         file.write("".join(f"{line}\n" for line in lines).encode())
     return out / RECORDS

@@ -16,7 +16,7 @@ from pathlib import Path
 from metacal import _lifeline
 from metacal.study.plan import Cell, Study, cells
 from metacal.study.together import refuse
-from metacal.train.results import RESULTS
+from metacal.train.results import read_results
 from metacal.train.settings import load_config
 
 _POLL_SECONDS = 0.5
@@ -67,7 +67,7 @@ def run(study: Study, out: str | Path, *, processes: int = 1, progress: bool = T
 
 def finished(out: str | Path, cell: Cell) -> bool:
     """Whether a cell has its results."""
-    return (Path(out) / cell.path / RESULTS).is_file()
+    return bool(read_results(Path(out) / cell.path))
 
 
 def settings_file(out: Path, cell: Cell) -> Path:
@@ -88,7 +88,15 @@ def _write_settings(out: Path, cell: Cell) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    load_config(path)  # complains now, and not after hours
+    try:
+        load_config(path)  # complains now, and not after hours
+    except (SystemExit, ValueError) as error:
+        said = "as said above" if isinstance(error, SystemExit) else str(error)
+        place = ", ".join(f"{axis} '{name}'" for axis, name in cell.names.items())
+        raise ValueError(
+            f"the settings of {place}, seed {cell.seed}, cannot be used: {said}. They are the study's `base`, `settings` and `grid` put "
+            f"together, in {path}."
+        ) from error
 
 
 def _together(out: Path, waiting: Sequence[Cell]) -> list[list[Cell]]:

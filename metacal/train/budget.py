@@ -20,7 +20,7 @@ from metacal.diagnostics import peak_bytes
 from metacal.tc2 import Network
 from metacal.train._files import replacing
 from metacal.train.build import build, initial_state
-from metacal.train.config import Config
+from metacal.train.config import Config, Reading
 from metacal.train.environment import own_draws, resolve_device
 from metacal.train.sampling import image_channels, sampler, training_images
 
@@ -31,16 +31,20 @@ def budget(config: Config) -> dict[str, Any]:
     """A run's ``steps``; with reading "matched" also ``matched_by``, what one iteration of "paper" and of this run costs.
 
     The cost is counted in images through the encoder (control 2), or timed: seconds of an iteration, its augmentation included,
-    medians of a few that take turns (control 9).
+    medians of a few that take turns (control 9). An iteration of "paper" in its warm-up is one of "tasks", whose cost is then there
+    too. With the heads' statistics "shared" the images that a task only borrows for them count, for they are encoded.
     """
+    steps, warmup = config.train.steps, min(config.tc2.warmup, config.train.steps)
     if config.tc2.reading != "matched":
-        return {"steps": config.train.steps}
-    both = {"paper": replace(config, tc2=replace(config.tc2, reading="paper")), "matched": config}
+        return {"steps": steps}
+    readings: tuple[Reading, ...] = ("paper", "tasks", "matched") if warmup else ("paper", "matched")
+    compared: dict[str, Config] = {reading: replace(config, tc2=replace(config.tc2, reading=reading, warmup=0)) for reading in readings}
     if config.tc2.budget == "seconds":
-        cost: dict[str, float] = seconds_per_iteration(both)
+        cost: dict[str, float] = seconds_per_iteration(compared)
     else:
-        cost = {name: images_per_step(one) for name, one in both.items()}
-    return {"steps": max(1, round(config.train.steps * cost["paper"] / cost["matched"])), "matched_by": {config.tc2.budget: cost}}
+        cost = {name: images_per_step(one) for name, one in compared.items()}
+    total = (steps - warmup) * cost["paper"] + warmup * cost.get("tasks", 0)
+    return {"steps": max(1, round(total / cost["matched"])), "matched_by": {config.tc2.budget: cost}}
 
 
 def kept_budget(config: Config, folder: Path, resume: bool) -> dict[str, Any]:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from metacal.data import Augmentation
+from metacal.evaluate.assess import Score
 from metacal.objectives import SimCLR, SSLObjective
 from metacal.tc2 import Calibrator, Networks, Stage
 
 Reading = Literal["base", "matched", "split", "tasks", "paper", "lookahead", "pcgrad", "upgrad"]
 SetName = Literal["digits", "mnist", "fashion_mnist", "omniglot", "cifar10", "cifar100"]
+
+
+def _at_least(least: int, section: str, settings: Any, *names: str) -> None:
+    """Raises ValueError for a setting below ``least``; None is none."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"`{name}` should be at least {least}, got {value}. Change the setting {section}.{name}.")
 
 
 class Tasks:
@@ -82,7 +91,7 @@ class DataConfig:
         root: folder of the data sets; by default the environment variable METACAL_DATA.
         download: fetch missing files into `root`.
         augmentation: random views; by default the one that fits the data set.
-        validation: share of the training images, stratified, that is kept for choosing settings.
+        validation: share of the training images, stratified, that is kept for choosing settings; from 0 (none), below 1.
     """
 
     name: SetName = "digits"
@@ -90,6 +99,13 @@ class DataConfig:
     download: bool = False
     augmentation: Augmentation | None = None
     validation: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ValueError(
+                f"`validation` should be a share from 0 to below 1, got {self.validation}. For a tenth set data.validation to 0.1, for "
+                "none to 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -163,6 +179,10 @@ class TC2Config:
     warmup: int = 0
     run_tasks: Literal["loop", "vmap"] = "loop"
 
+    def __post_init__(self) -> None:
+        _at_least(1, "tc2", self, "num_tasks", "num_views")
+        _at_least(0, "tc2", self, "lambda_s", "lambda_1", "calibrator_lr", "warmup")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -195,8 +215,10 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.measure_batches < 1:
-            raise ValueError(f"`measure_batches` should be at least 1, got {self.measure_batches}.")
+        _at_least(1, "train", self, "batch_size", "checkpoint_every", "log_every", "measure_batches", "threads")
+        _at_least(0, "train", self, "steps", "lr", "momentum", "measure_every")
+        if self.momentum > 1:
+            raise ValueError(f"`momentum` should be at most 1, got {self.momentum}. Change the setting train.momentum.")
 
 
 @dataclass(frozen=True)
@@ -208,6 +230,7 @@ class EvaluateConfig:
         split: "validation" for choosing settings, "test" for reporting, once.
         labels: training images with labels for the probe and the neighbours, at most; the same ones for every encoder.
         neighbours: k of the weighted kNN.
+        scores: what is computed, see :func:`metacal.evaluate.assess`; all but cka, which compares two encoders.
         online: labelled images for scores logged while training, of the validation part and whenever conflict is measured; 0 logs none.
     """
 
@@ -215,7 +238,17 @@ class EvaluateConfig:
     split: Literal["validation", "test"] = "test"
     labels: int = 4000
     neighbours: int = 20
+    scores: tuple[Score, ...] = ("probe", "knn", "monitors")
     online: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(2, "evaluate", self, "labels")
+        _at_least(1, "evaluate", self, "neighbours")
+        _at_least(0, "evaluate", self, "online")
+        if "cka" in self.scores:
+            raise ValueError(
+                "`scores` of a run (evaluate.scores) cannot be cka, which compares two. Afterwards: metacal evaluate --against."
+            )
 
 
 @dataclass(frozen=True)

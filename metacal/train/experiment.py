@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from metacal import tree
 from metacal._device import wait
 from metacal._typing import Tree
-from metacal.evaluate import Case, Encoder, assess, online
+from metacal.evaluate import Case, Encoder, assess, check_online, online
 from metacal.tc2 import Measurement, Method, MethodState, Problem, measure
 from metacal.train import checkpoint
 from metacal.train._files import replacing
@@ -23,7 +24,7 @@ from metacal.train.build import build, initial_state
 from metacal.train.config import Config
 from metacal.train.environment import own_draws, resolve_device, seed_everything, write_environment
 from metacal.train.loop import CHECKPOINTS, fit, refuse_existing
-from metacal.train.results import CONFIG, write_results
+from metacal.train.results import CONFIG, read_results, with_scores, write_results
 from metacal.train.sampling import image_channels, image_size, sampler, training_images, watched_images
 from metacal.train.settings import to_yaml
 
@@ -49,7 +50,7 @@ class Prepared(NamedTuple):
 def prepare(config: Config) -> Prepared:
     """Sets a run up: seeds the default generators, reads the images, and draws the networks.
 
-    Errors: a data set that is not there; a batch that does not split into tasks.
+    Errors: a data set that is not there; a batch that does not split into tasks; too few images for what `evaluate` asks for.
     """
     device = resolve_device(config.device)
     if config.train.threads is not None:
@@ -61,6 +62,11 @@ def prepare(config: Config) -> Prepared:
     sample = sampler(config, images.to(device))
     every = config.train.measure_every
     watched = watched_images(config).to(device) if config.evaluate.online else None
+    if watched is not None:
+        check_online(watched)
+    judged = Encoder(problem.network.encode, state.theta, image_size(config), image_channels(config))
+    for case in _cases(config, judged).values():
+        case.check(config.evaluate.scores)  # now, and not after hours
 
     def measured(state: MethodState, t: int) -> Measurement:
         # Its own draws, so that measuring leaves the run as it would have been; at least 4 views, for support and query pairs.
@@ -81,6 +87,8 @@ def pretrain(config: Config, folder: str | Path, *, resume: bool = False, progre
 
     The folder holds config.yaml, metrics.jsonl, TensorBoard events, checkpoints, environment.json and results.json. On a CPU the same
     configuration gives the same numbers, and so does a run that was killed and resumed.
+
+    A finished run that is resumed keeps what it holds besides: scores of `metacal evaluate`, seconds per step.
 
     Errors: those of :func:`metacal.train.fit`; a data set that is not there; a batch that does not split into tasks.
     """
@@ -112,27 +120,35 @@ def pretrain(config: Config, folder: str | Path, *, resume: bool = False, progre
         progress=progress,
     )
     last = _mean_measurement([run.measured(state, steps + i) for i in range(t.measure_batches)])
+    before = read_results(folder) if resume else {}
     results = {
+        **before,
         "cosines": last.cosines.tolist(),
         "transfer": last.transfer.tolist(),
         "measured": {name: float(value) for name, value in last.scalars.items()},
-        "seconds_per_step": median(seconds) if seconds else None,
+        "seconds_per_step": median(seconds) if seconds else before.get("seconds_per_step", math.nan),
         **planned,
         "images_per_step": images_per_step(config),
-        "scores": judge(config, state),
+        "split": config.evaluate.split,
     }
+    results = with_scores(results, judge(config, state), config.evaluate.split)
     write_results(folder, results)
     return results
 
 
 def judge(config: Config, state: MethodState) -> dict[str, dict[str, float]]:
     """The frozen encoder's scores, by data set, as ``config.evaluate`` asks for them."""
-    asked, data, judged = config.evaluate, config.data, encoder(config, state.theta)
+    cases = _cases(config, encoder(config, state.theta))
+    return {name: assess(case, config.evaluate.scores) for name, case in cases.items()}
+
+
+def _cases(config: Config, judged: Encoder) -> dict[str, Case]:
+    asked, data = config.evaluate, config.data
 
     def case(name: str) -> Case:
-        return Case(judged, name, asked.split, asked.labels, asked.neighbours, root=data.root, download=data.download)
+        return Case(judged, name, asked.split, asked.labels, asked.neighbours, data.name, root=data.root, download=data.download)
 
-    return {name: assess(case(name)) for name in asked.data or (data.name,)}
+    return {name: case(name) for name in asked.data or (data.name,)}
 
 
 def encoder(config: Config, theta: Tree) -> Encoder:
@@ -150,6 +166,19 @@ def restore(config: Config, folder: str | Path) -> MethodState:
     if found is None:
         raise FileNotFoundError(f"`folder` {folder} holds no checkpoint. Train first: metacal pretrain CONFIG --out {folder}")
     return tree.load_state_dict(initial_state(config, method), found.tensors["state"])
+
+
+def unfinished(config: Config, folder: str | Path, state: MethodState) -> str | None:
+    """What to say of a run whose restored state is not that of its results; None where it is."""
+    folder, step = Path(folder), int(state.step)
+    steps = read_results(folder).get("steps")
+    if step == steps:
+        return None
+    steps = steps or kept_budget(config, folder, resume=True)["steps"]
+    return (
+        f"The run {folder} is not finished: its newest readable checkpoint is of step {step} of {steps}. Go on with "
+        f"`metacal pretrain {folder / CONFIG} --out {folder} --resume`."
+    )
 
 
 def write_settings(folder: Path, config: Config, resume: bool) -> None:

@@ -5,16 +5,40 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
+from pydoc import locate
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
 from metacal.data import Augmentation
 from metacal.tc2 import Stage
 from metacal.train.config import Config, DataConfig, EvaluateConfig, NetworkConfig, TC2Config, TrainConfig
+
+
+class _ConfigFile(ActionConfigFile):
+    """Reads a file over what is there; what it writes out though its classes have it anyway is left to them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, namespace, values, option_string)
+        _left_to_class(namespace)
+
+
+def _left_to_class(settings: Namespace) -> Namespace:
+    """The settings without those of a named class that are its own defaults; they are filled in at the end of parsing.
+
+    Those that are there stay, by name, where a later option names another class: SimCLR's temperature would become MoCo's, though nobody
+    had asked for it.
+    """
+    for value in list(settings.values(branches=True)):
+        if isinstance(value, Namespace) and "class_path" in value and "init_args" in value:
+            named = locate(value.class_path)
+            for field in fields(named) if is_dataclass(named) else ():
+                if value.init_args.get(field.name, MISSING) == field.default:
+                    del value.init_args[field.name]
+    return settings
 
 
 class Parser(ArgumentParser):
@@ -22,6 +46,10 @@ class Parser(ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+        """The defaults, without what their classes have anyway: see :func:`_left_to_class`."""
+        return _left_to_class(super().get_defaults(*args, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message with the nearest known setting, and exits with status 2."""
@@ -68,7 +96,7 @@ def settings_parser() -> Parser:
         description="Trains an encoder. Settings come from the configuration (a packaged name or a path, as first argument), then from "
         f"the options. Packaged configurations: {', '.join(configurations())}."
     )
-    parser.add_argument("--config", action="config", help="a YAML file of settings")
+    parser.add_argument("--config", action=_ConfigFile, help="a YAML file of settings")
     parser.add_class_arguments(Config, None)
     # Values of open families: their defaults are given as the YAML would give them.
     unrolled = {"class_path": "metacal.adjoints.Unrolled", "init_args": {"mode": "graph"}}

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from metacal.evaluate.parts import Split
 from metacal.train.environment import ENVIRONMENT
 from metacal.train.logs import read_metrics
 from metacal.train.pictures import Curves, Matrix, Points, Series
 from metacal.train.report import Cell, Report, Table
-from metacal.train.results import read_drawings, read_results
+from metacal.train.results import read_drawings, read_results, scores_on
 
 _MOMENTS = 6  # matrices shown of a run
 
-_SCORES = {
+SCORES = {
     "probe": "linear probe %",
     "knn": "kNN %",
     "knn_200": "kNN, k = 200 %",
@@ -35,6 +36,7 @@ _SCORES = {
     "rank_me": "RankMe",
     "dimension_std": "deviation per dimension",
 }
+"""What a score is called where it is shown; in percent where that is said."""
 
 _CURVES = {
     "loss": "training loss (not comparable between methods)",
@@ -54,14 +56,18 @@ _CURVES = {
 
 def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[dict[str, Cell]]:
     """One row per run and data set, accuracies in percent."""
+
+    def rounded(found: Mapping[str, float], key: str, factor: int, digits: int) -> Cell:
+        return round(factor * found[key], digits) if key in found else None
+
     return [
         {
             "run": run,
             "data": data,
-            "linear probe %": round(100 * found["probe"], 2),
-            "kNN %": round(100 * found["knn"], 2),
-            "RankMe": round(found["rank_me"], 1),
-            "collapsed": "yes" if found["collapsed"] else "no",
+            "linear probe %": rounded(found, "probe", 100, 2),
+            "kNN %": rounded(found, "knn", 100, 2),
+            "RankMe": rounded(found, "rank_me", 1, 1),
+            "collapsed": _collapsed(found),
         }
         for run, by_data in scores.items()
         for data, found in by_data.items()
@@ -76,8 +82,8 @@ def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Non
 
 def score_table(scores: Mapping[str, Mapping[str, float]]) -> list[dict[str, Cell]]:
     """One row per score, one column per data set: accuracies in percent, with the interval where a score has one."""
-    known = [key for key in _SCORES if any(key in found for found in scores.values())]
-    rows: list[dict[str, Cell]] = [{"score": _SCORES[key], **{data: _score(key, found) for data, found in scores.items()}} for key in known]
+    known = [key for key in SCORES if any(key in found for found in scores.values())]
+    rows: list[dict[str, Cell]] = [{"score": SCORES[key], **{data: _score(key, found) for data, found in scores.items()}} for key in known]
     if any("collapsed" in found for found in scores.values()):
         rows.append({"score": "collapsed", **{data: _collapsed(found) for data, found in scores.items()}})
     return rows
@@ -101,7 +107,7 @@ def _collapsed(found: Mapping[str, float]) -> Cell:
 def _score(key: str, found: Mapping[str, float]) -> Cell:
     if key not in found:
         return None
-    factor = 100 if _SCORES[key].endswith("%") else 1
+    factor = 100 if SCORES[key].endswith("%") else 1
     value, half_width = factor * found[key], found.get(f"{key}_95")
     return value if half_width is None else (value, factor * half_width)
 
@@ -128,9 +134,6 @@ def summarise(runs: Mapping[str, Path], *, title: str = "metacal runs", intro: S
     """A report on runs by name: their scores, curves, and last conflict and transfer matrices."""
     results = {name: read_results(folder) for name, folder in runs.items()}
     metrics = {name: read_metrics(folder) for name, folder in runs.items()}
-    scores = {name: found["scores"] for name, found in results.items() if "scores" in found}
-    sets = {data for found in scores.values() for data in found}
-    best: dict[str, Any] = {"linear probe %": "max", "kNN %": "max"} if len(sets) == 1 else {}  # one set's scores do not beat another's
     curves = []
     for metric, meaning in _CURVES.items():
         lines = {name: [(row["step"], row[metric]) for row in rows if metric in row] for name, rows in metrics.items()}
@@ -151,21 +154,33 @@ def summarise(runs: Mapping[str, Path], *, title: str = "metacal runs", intro: S
                 )
             )  # fmt: skip
     drawings = {name: read_drawings(folder) for name, folder in runs.items()}
-    more = [
-        Table(f"{heading}: {name}", score_table(found[key]), note="± is a 95% interval over episodes.")
-        for key, heading in (("scores", "All scores"), ("validation_scores", "All scores on validation images"))
-        for name, found in results.items()
-        if key in found and (key != "scores" or any(set(by) - _ALWAYS for by in found[key].values()))
-    ]
     return Report(
         title,
         intro,
-        [*tables, Table("Frozen encoders", score_rows(scores), best), *more],
+        [*tables, *_frozen(results)],
         [*curves, *_label_curves(drawings)],
         matrices,
         _maps(drawings),
         [_provenance(name, folder) for name, folder in runs.items()],
     )
+
+
+def _frozen(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Of either split: the runs beside each other, then all scores of those that have more."""
+    frozen: list[Table] = []
+    more: list[Table] = []
+    splits: dict[Split, str] = {"test": "", "validation": " on validation images"}
+    for split, images in splits.items():
+        scores = {name: by_data for name, found in results.items() if (by_data := scores_on(found, split))}
+        sets = {data for by_data in scores.values() for data in by_data}
+        best: dict[str, Any] = {"linear probe %": "max", "kNN %": "max"} if len(sets) == 1 else {}  # one set's do not beat another's
+        frozen += [Table(f"Frozen encoders{images}", score_rows(scores), best)] if scores else []
+        more += [
+            Table(f"All scores{images}: {name}", score_table(by_data), note="± is a 95% interval over episodes.")
+            for name, by_data in scores.items()
+            if any(set(by) - _ALWAYS for by in by_data.values())
+        ]
+    return [*frozen, *more]
 
 
 _ALWAYS = {"probe", "probe_validation", "knn", "knn_200", "rank_me", "dimension_std", "collapsed"}
@@ -193,7 +208,7 @@ def _conflict_over_time(name: str, rows: Sequence[Mapping[str, Any]]) -> list[Se
 
 def _label_curves(drawings: Mapping[str, Mapping[str, Any]]) -> list[Curves]:
     """One panel per data set and split, one line per run."""
-    panels = dict.fromkeys((data, by["split"]) for found in drawings.values() for data, by in found.items())
+    panels = dict.fromkeys((data, by["split"]) for found in drawings.values() for data, by in found.items() if by["labels"])
     return [
         Curves(
             f"{data}: accuracy against labels",
