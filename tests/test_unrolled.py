@@ -585,7 +585,7 @@ def test_batches_that_are_drawn_where_they_are_read(adjoint: metacal.Adjoint, dr
     close((found.hparams * v).sum(), slope, 1e-8)
 
 
-@pytest.mark.parametrize("adjoint", [adjoints.Implicit(linear.CG(3)), adjoints.FiniteDifference(), adjoints.SAMA()], ids=str)
+@pytest.mark.parametrize("adjoint", [adjoints.Implicit(linear.CG(3)), adjoints.FiniteDifference(), adjoints.SAMA()])
 def test_a_system_of_drawn_batches_draws_apart(adjoint: metacal.Adjoint) -> None:
     w, h = f64(1.0, 2.0, 3.0, 4.0), f64(0.5, 1.0, -1.0, 2.0)
     solver = metacal.descent(lambda w, h, x: ((w * x - h) ** 2).mean() + 0.1 * (w**4).sum(), optim.sgd(0.05))
