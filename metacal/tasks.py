@@ -230,8 +230,9 @@ def _check_axes(x: Tree, wanted: int, shape: str) -> None:
 
 
 def _check_permutation(permutation: Tensor, N: int) -> None:
-    if tuple(permutation.shape) != (N,) or not torch.equal(permutation.sort().values, torch.arange(N, device=permutation.device)):
+    one_of_each = permutation.dtype == torch.int64 and tuple(permutation.shape) == (N,)  # uint8 and bool would be masks
+    if not (one_of_each and torch.equal(permutation.sort().values, torch.arange(N, device=permutation.device))):
         raise ValueError(
-            f"`permutation` should hold each of 0 ... {N - 1} once, got shape {tuple(permutation.shape)} of "
+            f"`permutation` should hold each of 0 ... {N - 1} once, as int64, got shape {tuple(permutation.shape)} of "
             f"{permutation.dtype}. Draw one: torch.randperm({N})."
         )

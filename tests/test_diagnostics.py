@@ -20,7 +20,7 @@ import metacal
 from metacal import adjoints, linear, optim, tree
 from metacal.adjoints import Adjoint, Cotangents
 from metacal.diagnostics import CheckResult, advise, check, compare, measure, work
-from metacal.diagnostics.differences import central_difference
+from metacal.diagnostics.differences import central_difference, close_difference
 from metacal.diagnostics.verdict import describe
 from metacal.estimate import Estimate
 from metacal.registry import METHODS, Sizes
@@ -706,13 +706,16 @@ def test_advice_gives_reasons_and_refusals() -> None:
 
 
 def test_nothing_fits_is_said() -> None:
-    advice = advise(SMALL, initial_params=True, differentiable=False)
+    assert advise(SMALL, initial_params=True, differentiable=False).best.method.code == "FirstOrder()"
+    advice = advise(SMALL, initial_params=True, path=True, differentiable=False)
     assert not advice.ranking
     assert str(advice).startswith("Nothing fits.")
     with pytest.raises(ValueError, match="No method can serve"):
         _ = advice.best
     with pytest.raises(ValueError, match=r"`sizes.num_steps` should not be negative"):
         advise(SMALL._replace(num_steps=-1))
+    with pytest.raises(ValueError, match=r"`sizes.number` should be at least 1"):
+        advise(SMALL._replace(number=0))
 
 
 def test_measured_sizes_are_those_of_the_problem() -> None:
@@ -752,3 +755,134 @@ def test_the_profiler_does_not_talk() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(ran.stdout) >= 4000
     assert ran.stderr == ""
+
+
+def test_noise_is_the_same_noise_only_in_one_precision() -> None:
+    """Normal numbers are drawn by another rule in float64: the truth of a run with noise is that of the same run."""
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    solver = metacal.descent(lambda w, h, b: ((b + 0.5 * torch.randn_like(b)) @ (w - h)).square().mean(), optim.sgd(0.02))
+    outer = lambda w, h, b: (w - 5).square().sum()  # noqa: E731
+    exact = {mode: metacal.hypergradient(outer, solver, adjoints.Unrolled(mode)) for mode in ("mixed", "graph")}
+    table = compare(exact, solver.init(torch.zeros(4), torch.ones(4)), 0.1 * torch.ones(4), [x] * 3, None, repeats=1)
+    assert table.exact == "Unrolled() of the same run"
+    assert all(row.relative_error < 1e-6 for row in table.rows)
+
+
+def test_what_is_not_finite_is_said() -> None:
+    w, h = torch.zeros(3), torch.ones(3)
+    solver = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), optim.sgd(30.0))
+    diverged = {"diverged": metacal.hypergradient(lambda w, h, b: (w**2).sum(), solver, adjoints.Unrolled())}
+    table = compare(diverged, solver.init(w, h), h, [None] * 60, None, repeats=1)
+    assert not table.rows[0].finite
+    assert "diverged: not finite, as the params are from step" in str(table)
+
+
+def test_the_precision_of_the_truth_is_that_of_all_solvers() -> None:
+    w, h, c = torch.zeros(3), torch.ones(3), torch.eye(3)
+    outer = lambda w, h, b: (w**2).sum()  # noqa: E731
+    plain = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), optim.sgd(0.1))
+    closing = metacal.descent(lambda w, h, b: ((c @ (w - h)) ** 2).sum(), optim.sgd(0.1))  # over a float32 tensor
+    pair = [(name, metacal.hypergradient(outer, solver, adjoints.Unrolled())) for name, solver in (("a", plain), ("b", closing))]
+    for order in (pair, pair[::-1]):
+        assert compare(dict(order), plain.init(w, h), h, [None] * 3, None, repeats=1).exact.endswith(", in float64 for some")
+
+
+# check: kinks
+
+
+@pytest.mark.parametrize("at", [1e-2, 1e-4, -3e-6, 2e-8])
+def test_close_differences_see_past_kinks_and_jumps_on_either_side(at: float) -> None:
+    for off in (abs, lambda s: math.copysign(1.0, s)):
+        value, error = close_difference(lambda s: math.sin(3 * s) + off(s - at), F64)  # noqa: B023
+        truth = 3 - math.copysign(1.0, at) * (off is abs)
+        assert abs(value - truth) <= error <= 1e-4
+
+
+def test_close_differences_say_that_they_cannot_tell() -> None:
+    assert close_difference(lambda s: abs(s) + s, F64).error >= 1
+    assert close_difference(lambda s: math.copysign(1.0, s) + s, F64).error >= 1
+    assert math.isnan(close_difference(lambda s: math.nan, F64).value)
+    single = close_difference(lambda s: float(torch.tensor(3 * s).sin() + 1), torch.float32)
+    assert abs(single.value - 3) <= single.error <= 1e-2
+
+
+def kinked(name: str, seed: int, dtype: torch.dtype = F64) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=F64).to(dtype)  # noqa: E731
+    x, y = draw(100, 10), draw(100)
+    network: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "leaky_relu": F.leaky_relu, "relu, l1": torch.relu}
+    params = {"a": draw(10, 32) / 3, "b": draw(32) / 6} if name in network else {"b": draw(10) / 2}
+    penalty: Callable[[Tensor], Tensor] = {
+        "huber": lambda r: F.huber_loss(r, torch.zeros_like(r), delta=0.5),
+        "l1": lambda r: r.abs().mean(),
+        "relu, l1": lambda r: r.abs().mean(),
+    }.get(name, lambda r: r.square().mean())
+
+    def loss(w: Tree, h: Tree, b: Any) -> Tensor:
+        return penalty((network[name](b[0] @ w["a"]) if "a" in w else b[0]) @ w["b"] - b[1])
+
+    def inner(w: Tree, h: Tree, b: Any) -> Tensor:
+        return loss(w, h, b) + h["decay"].exp() * sum((p**2).sum() for p in w.values())
+
+    hparams, judged = {"decay": torch.tensor(-4.0, dtype=dtype)}, (x.flip(0)[:50], y[:50])
+    p = PROBLEMS["zero_dim"]
+    return dataclasses.replace(
+        p, inner=inner, outer=loss, params=params, hparams=hparams, batches=((x, y),), outer_batch=judged, step_size=0.05
+    )
+
+
+KINKED = ["relu", "leaky_relu", "relu, l1", "l1", "huber"]
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", KINKED)
+def test_kinks_do_not_make_a_right_method_wrong_nor_hide_a_wrong_one(name: str, dtype: torch.dtype) -> None:
+    for seed in range(2):
+        p = kinked(name, seed, dtype)
+        right = checked(p, adjoints.Unrolled(), 5)
+        assert right.verdict in ("right", "undecided"), right
+        for factor in (1.3, 0.0, -1.0):
+            wrong = checked(p, Scaled(adjoints.Unrolled(), factor), 5)
+            assert (wrong.verdict, wrong.ok) == ("wrong", False), wrong
+            assert "scaled by 1." not in str(wrong) or factor == 1.3
+
+
+def test_the_closer_look_decides_and_says_that_it_did() -> None:
+    result = checked(kinked("relu", 0), adjoints.Unrolled(), 5)
+    assert (result.verdict, result.ok) == ("right", True), result
+    assert "Kinks or jumps are close" in str(result)
+    assert "tell along 4 of 4 directions" in str(result)
+    for d in result.directions:
+        assert abs(d.estimate - d.promised.value) <= 1e-6 * d.size + 3 * d.promised.error
+        assert d.promised.error <= 1e-3 * d.size
+    assert checked(kinked("relu", 0), Scaled(adjoints.Unrolled(), 1.01), 5).verdict == "wrong"
+    assert checked(kinked("relu", 0), adjoints.Unrolled(window=2), 5).verdict == "biased"
+
+
+def test_a_kink_at_the_point_itself_is_undecided() -> None:
+    p = dataclasses.replace(PROBLEMS["zero_dim"], inner=lambda w, h, b: ((w - torch.relu(h)) ** 2).sum(), outer=lambda w, h, b: w.sum())
+    p = dataclasses.replace(p, params=f64(1.0, 1.0, 1.0), hparams=f64(0.0, 0.0, 0.0))
+    result = checked(p, adjoints.Unrolled(), solver=metacal.descent(p.inner, optim.sgd(0.1)))
+    assert (result.verdict, result.ok) == ("undecided", False), result
+    assert "Kinks or jumps are close" in str(result)
+
+
+def test_kinks_in_a_problem_that_runs_in_float32_alone() -> None:
+    for seed in range(4):
+        p = kinked("relu", seed, torch.float32)
+        closing = dataclasses.replace(p, inner=lambda w, h, b, p=p: p.inner(w, h, p.batches[0]))  # over float32 tensors
+        assert checked(closing, adjoints.Unrolled(), 5).verdict in ("right", "undecided")
+    c = torch.eye(10)
+    smooth = dataclasses.replace(closing, inner=lambda w, h, b: h["decay"].exp() * ((c @ w["a"]).square().sum() + w["b"].square().sum()))
+    assert checked(smooth, Scaled(adjoints.Unrolled(), -1.0), 5).verdict == "wrong"
+
+
+def test_a_closer_look_is_taken_only_before_a_method_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    looking = lambda fn, dtype: looks.append(dtype) or close_difference(fn, dtype)  # noqa: E731
+    monkeypatch.setattr(sys.modules["metacal.diagnostics.check"], "close_difference", looking)
+    for adjoint in (adjoints.Unrolled(), adjoints.Unrolled(window=2), adjoints.Implicit(linear.CG(4))):
+        checked(QUADRATIC, adjoint)
+    assert not looks
+    checked(QUADRATIC, Scaled(adjoints.Unrolled(), 1.3))
+    assert looks

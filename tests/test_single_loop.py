@@ -1022,3 +1022,24 @@ def test_a_batch_that_requires_grad_is_refused(row: Row) -> None:
         opt.step(opt.init(*START), [(0, learned) if row.indexed else learned] * row.inner_batches, judge)
     with pytest.raises(ValueError, match=r"`outer_batch`.*requires grad"):
         opt.step(opt.init(*START), batches, (0, learned) if row.indexed else learned)
+
+
+@pytest.mark.parametrize("loop", ["mrbo", "sustain"])
+def test_a_bad_inner_step_is_step_0_where_there_is_one(loop: str) -> None:
+    solver = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum() * b, optim.sgd(0.1))
+    number = {"num_products": 3} if loop == "mrbo" else {"num_terms": 4}
+    make = getattr(single_loop, loop)
+    w = torch.zeros(2, dtype=torch.float64)
+    opt = make(lambda w, h, b: (w**2).sum(), solver, optim.sgd(0.1), 0.1, **number)
+    one, bad = torch.ones((), dtype=torch.float64), torch.tensor(float("nan"), dtype=torch.float64)
+    _, hg = opt.step(opt.init(w, w + 1), [bad, *[one] * 4], None)
+    assert hg.stats["first_bad_step"] == 0
+
+
+@pytest.mark.parametrize("loop", [single_loop.es, single_loop.pes])
+def test_evolution_strategies_log_counts(loop: Any) -> None:
+    solver = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), optim.sgd(0.1))
+    outer = metacal.with_aux(lambda w, h, b: (w.sum(), {"positive": (w > 0).sum()}))
+    opt = loop(outer, solver, optim.sgd(0.1), 4, 0.1)
+    _, hg = opt.step(opt.init(torch.zeros(2), torch.ones(2)), [None], None)
+    assert hg.aux["positive"] == 2

@@ -110,7 +110,8 @@ def advise(
         initial_params: the derivative by the initial params is wanted (MAML).
         path: the hparams shape only the path to the solution (learning rates): implicit methods see nothing of them.
         converged: the steps reach a solution.
-        differentiable: the inner steps can be differentiated.
+        differentiable: the inner objective can be differentiated, twice where a method does; not so a simulator. (Where it can once,
+            take one that needs first derivatives only, as the table says: ``FiniteDifference``, ``f2sa``.)
         symmetric: the matrix of the linear system is symmetric positive definite: a Hessian near a minimum, not a fixed point's Jacobian.
         loops: rank the loops of :mod:`metacal.single_loop` too, which are BilevelOptimizers and no adjoints. Their work per outer
             step buys a step and not a solution: they are cheap and need many.
@@ -126,6 +127,8 @@ def advise(
     for name, value in sizes._asdict().items():
         if value < 0:
             raise ValueError(f"`sizes.{name}` should not be negative, got {value}.")
+        if name in ("num_steps", "number") and not value:
+            raise ValueError(f"`sizes.{name}` should be at least 1, got 0: there would be nothing to advise on.")
     refused: dict[str, str] = {}
     fitting = []
     for row in METHODS:
@@ -151,7 +154,7 @@ def _refusal(row: Method, sizes: Sizes, initial_params: bool, path: bool, differ
     if path and not row.path:
         return "hparams that only shape the path to the solution have no derivative there"
     if not differentiable and row.differentiates:
-        return "it differentiates the inner steps"
+        return "it differentiates the inner objective"
     if row.symmetric and not symmetric:
         return "it needs a symmetric matrix"
     if row.by_hand:

@@ -18,9 +18,9 @@ from metacal import _random, tree
 from metacal._device import device_of, wait
 from metacal._typing import Tree
 from metacal.adjoints import Unrolled
-from metacal.batches import listed
 from metacal.diagnostics.check import cosine, relative_error
 from metacal.diagnostics.cost import peak_bytes, work
+from metacal.diagnostics.double import doubled
 from metacal.estimate import Estimate, HyperGradient, hypergradient
 from metacal.inner import InnerState
 
@@ -41,6 +41,7 @@ class Row(NamedTuple):
         products: Hessian-vector products that the method reports.
         work: floating-point operations, in plain training steps on the first inner batch.
         stats: the hypergradient's, as numbers.
+        finite: whether all of the hypergradient is; errors and cosines of one that is not are NaN as well.
         error: why there is nothing else: what the method raised.
     """
 
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     products: float = math.nan
     work: float = math.nan
     stats: Mapping[str, float] = MappingProxyType({})
+    finite: bool = True
     error: str = ""
 
 
@@ -76,7 +78,7 @@ class Comparison:
         aligned = [
             [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))] for line in cells
         ]
-        failed = [f"{row.name}: {row.error}" for row in self.rows if row.error]
+        failed = [f"{row.name}: {said}" for row in self.rows if (said := row.error or _not_finite(row))]
         return "\n".join([*("  ".join(line).rstrip() for line in aligned), *failed, f"Errors are relative to {self.exact}."])
 
     def to_dataframe(self) -> Any:
@@ -136,8 +138,8 @@ def compare(
     Args:
         estimates: made by :func:`metacal.hypergradient`, by name.
         exact: what the errors are relative to; by default ``Unrolled()`` of each estimate's own solver, in float64 if the
-            objectives can be run in it. Implicit methods differ from that by how far the inner solve is from converged: pass
-            ``hypergradient(outer, solver, Implicit(linear.Dense()))`` to compare them with the solution's derivative.
+            objectives can be run in it and draw no noise. Implicit methods differ from that by how far the inner solve is from
+            converged: pass ``hypergradient(outer, solver, Implicit(linear.Dense()))`` to compare them with the solution's derivative.
         repeats: timed runs of every method, after one that warms up and is not timed; methods take turns, so that a machine
             that slows down does so for all.
 
@@ -185,6 +187,11 @@ class _Bench:
         wait(self._device)
         return hg
 
+    @property
+    def has_drawn(self) -> bool:
+        """Whether the last run moved torch's generators."""
+        return _random.same_or(self.noise, _random.noise(self.state.params, self.hparams)) is not self.noise
+
     def table(self, estimates: Mapping[str, Method], exact: Method | None, repeats: int) -> Comparison:
         rows, truths = {}, _Truths(self, exact)
         for name, method in estimates.items():
@@ -213,6 +220,7 @@ class _Bench:
             work=work(lambda: self.run(method)) / unit if unit else math.nan,
             products=float(hg.stats.get("num_products", math.nan)),
             stats={key: float(value) for key, value in hg.stats.items()},
+            finite=all(bool(leaf.isfinite().all()) for leaf in tree.leaves((hg.hparams, hg.params))),
         )
         if tree.num_elements(hg.hparams):
             row = row._replace(cosine=cosine(hg.hparams, truth.hparams), relative_error=relative_error(hg.hparams, truth.hparams))
@@ -236,7 +244,15 @@ class _Truths:
     def __init__(self, bench: _Bench, exact: Method | None) -> None:
         self._bench, self._given = bench, None if exact is None else bench.run(exact)
         self._found: dict[tuple[int, int], HyperGradient] = {}
-        self.words = "`exact`"
+        self._in_float64: list[bool] = []
+
+    @property
+    def words(self) -> str:
+        """What the errors are relative to."""
+        if self._given is not None:
+            return "`exact`"
+        some = " in float64" if all(self._in_float64) else ", in float64 for some" if any(self._in_float64) else ""
+        return f"Unrolled() of the same run{some}"
 
     def of(self, method: Method) -> HyperGradient:
         """Of the same outer objective and solver."""
@@ -249,27 +265,25 @@ class _Truths:
         return self._found[key]
 
     def _unrolled(self, exact: Estimate) -> HyperGradient:
+        found = self._bench.run(exact)
+        precise = None if self._bench.has_drawn else self._in_double(exact)  # noise in another dtype is another noise, and another run
+        self._in_float64.append(precise is not None)
+        return found if precise is None else precise
+
+    def _in_double(self, exact: Estimate) -> HyperGradient | None:
         b = self._bench
-        found = b.run(exact)
-        self.words = "Unrolled() of the same run"
-        state, hparams, outer_batch = tree.to((b.state, b.hparams, b.outer_batch), torch.float64)
         try:
-            precise = _Bench(state, hparams, _double(b.batches), outer_batch, b.noise).run(exact)
+            return _Bench(*doubled(b.state, b.hparams, b.batches, b.outer_batch), b.noise).run(exact)
         except Exception:  # an objective that closes over float32 tensors
-            return found
-        # Noise drawn in another dtype may be another noise: then this is another run.
-        if not torch.allclose(precise.value, found.value.double(), rtol=1e-3):
-            return found
-        self.words = "Unrolled() of the same run in float64"
-        return precise
+            return None
 
 
-def _double(batches: Sequence[Tree]) -> list[Tree]:
-    """In float64; a batch that is repeated is cast once."""
-    read = listed(batches)
-    cast = {id(batch): batch for batch in read}
-    cast = {key: tree.to(batch, torch.float64) for key, batch in cast.items()}
-    return [cast[id(batch)] for batch in read]
+def _not_finite(row: Row) -> str:
+    """What to say of a hypergradient that is not finite; nothing of one that is."""
+    if row.finite:
+        return ""
+    bad = row.stats.get("first_bad_step", -1)
+    return "not finite" + (f", as the params are from step {bad:.0f} on" if bad >= 0 else ", though the params are")
 
 
 def _error(row: Row) -> float:

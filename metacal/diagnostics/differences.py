@@ -10,6 +10,8 @@ import torch
 
 _LADDER = {torch.float64: (0.02, 5)}  # dtype: (largest step, how often it is halved)
 _COARSE = (0.1, 4)
+_FINE = {torch.float64: (1e-4, 6)}  # dtype: (largest step, number of steps, each a tenth of the last)
+_FINE_ELSE = (0.1, 3)
 
 
 class Difference(NamedTuple):
@@ -47,4 +49,30 @@ def central_difference(fn: Callable[[float], float], dtype: torch.dtype) -> Diff
             if error < best.error:
                 best = Difference(value, error)
         above = row
+    return best if math.isfinite(best.value) else Difference(math.nan, math.nan)
+
+
+def close_difference(fn: Callable[[float], float], dtype: torch.dtype) -> Difference:
+    """As :func:`central_difference`, for a function that may have kinks and jumps close to 0, but none at 0.
+
+    Nothing is extrapolated, and steps are far apart: a step that crosses a jump, or a kink, then differs from the next one, and
+    from its own other side. The error is the sum of both and of rounding; the step where it is least is taken. Work: 13 values in
+    float64, seven in float32.
+
+    >>> steep = lambda s: 3 * s + abs(s - 2e-6) + (s > 1e-5)
+    >>> value, error = close_difference(steep, torch.float64)
+    >>> abs(value - 2) <= error <= 1e-6
+    True
+    """
+    step, num_steps = _FINE.get(dtype, _FINE_ELSE)
+    here, best, coarser = fn(0.0), Difference(math.nan, math.inf), math.nan
+    for i in range(num_steps):
+        s = step / 10**i
+        ahead, behind = fn(s), fn(-s)
+        value = (ahead - behind) / (2 * s)
+        rounding = 4 * torch.finfo(dtype).eps * max(abs(ahead), abs(behind)) / s
+        error = abs(value - coarser) + abs(ahead - 2 * here + behind) / (2 * s) + rounding
+        if error < best.error:
+            best = Difference(value, error)
+        coarser = value
     return best if math.isfinite(best.value) else Difference(math.nan, math.nan)

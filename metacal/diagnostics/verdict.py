@@ -96,6 +96,7 @@ class Evidence:
         steps_draw: the steps draw random numbers.
         warned: what the method says itself against its number (:class:`metacal.linear.UnreliableHypergradient`).
         dtype, rtol, allowed_bias: of the comparison.
+        close: the differences are those of :func:`close_difference`, because larger steps spoke against the estimate.
     """
 
     adjoint: Adjoint
@@ -114,6 +115,7 @@ class Evidence:
     dtype: torch.dtype
     rtol: float
     allowed_bias: float | None
+    close: bool = False
 
     @property
     def name(self) -> str:
@@ -124,6 +126,15 @@ class Evidence:
         """An error relative to the largest of the derivatives along directions like ``d``."""
         size = max(max(other.size, abs(other.exact.value), other.promised.error) for other in self.directions if other.which == d.which)
         return error / size if size else math.inf if error else 0.0
+
+    def precision(self, d: Direction) -> float:
+        """The error of the differences along ``d``, relative to the derivatives along it; 1 where it hides them."""
+        return d.promised.error / max(d.size, abs(d.exact.value), d.promised.error) if d.promised.error else 0.0
+
+    @property
+    def telling(self) -> list[Direction]:
+        """The directions along which something can be told."""
+        return [d for d in self.directions if self.precision(d) <= 0.1]
 
     def agrees(self, d: Direction) -> bool:
         """Whether the estimate is what the method promises, as far as rounding, differences and draws can tell."""
@@ -159,7 +170,7 @@ def _judged(e: Evidence) -> CheckResult:
         return CheckResult("wrong", False, headline, (*_suspicions(e), *_notes(e)))
     # The initial params' own part says nothing for the hparams; it is judged where there are none.
     asked = [d for d in e.directions if d.which == "hparams"] or e.directions
-    if all(d.estimate == 0 and _vanishes(d.promised) and _vanishes(d.exact) for d in asked):
+    if not e.close and all(d.estimate == 0 and _vanishes(d.promised) and _vanishes(d.exact) for d in asked):
         of = "hparams" if asked[0].which == "hparams" else "initial params"
         closure = "Does an objective close over a copy of them (a constant to every method), or not use them? Use the ones passed in."
         return CheckResult("no effect", False, f"the outer value does not change with the {of}.", (closure,))
@@ -167,11 +178,13 @@ def _judged(e: Evidence) -> CheckResult:
     if trouble:
         headline = f"{e.name} is what it defines, on a problem where that means little."
         return CheckResult("unreliable", False, headline, (*trouble, *_notes(e)))
-    precision = min(e.relative(d, d.promised.error) for d in e.directions)
+    precision = min(e.precision(d) for d in asked)
     if precision > 0.1:
         headline = f"central differences are good to {percent(precision)} only, so little can be said of {e.name}."
-        return CheckResult("undecided", False, headline, (_rounding(e.dtype), *_notes(e)))
-    coarse = (f"Central differences are good to {percent(precision)} only here. {_rounding(e.dtype)}",) if precision > e.rtol else ()
+        return CheckResult("undecided", False, headline, (_rounding(e), *_notes(e)))
+    coarse = (f"Central differences are good to {percent(precision)} only here. {_rounding(e)}",) if precision > e.rtol else ()
+    if e.close:
+        coarse = (f"{_KINKS} Smaller ones tell along {len(e.telling)} of {len(e.directions)} directions.",)
     if isinstance(e.adjoint, Implicit) and e.slack > 100 * e.rtol:
         ill = "Rounding moves the linear solver's answer by {}: the system is ill-conditioned, and the check no finer than that."
         coarse = (*coarse, ill.format(percent(e.slack / 10)))
@@ -182,7 +195,7 @@ def _judged(e: Evidence) -> CheckResult:
         )
         return CheckResult("random", True, headline, (*_because(e.bias), *coarse, *_notes(e)))
     if not e.bias or e.relative_error <= e.rtol:
-        agreement = max(e.relative(d, abs(d.estimate - d.promised.value)) for d in e.directions)
+        agreement = max(e.relative(d, abs(d.estimate - d.promised.value)) for d in e.telling)
         headline = f"{e.name} equals the derivative of the steps that were taken, to {max(agreement, e.relative_error or 0.0):.0e}."
         return CheckResult("right", True, headline, (*coarse, *_notes(e)))
     allowed = e.allowed_bias is None or e.relative_error <= e.allowed_bias
@@ -243,12 +256,12 @@ def _suspicions(e: Evidence) -> Iterator[str]:
 
 def _scaled(e: Evidence) -> Iterator[str]:
     """A factor on the whole derivative or on one part of it, if one explains every direction."""
-    through = [d for d in e.directions if d.which == "hparams"]
+    through = [d for d in e.telling if d.which == "hparams"]
     whole: Callable[[Direction], float] = lambda d: d.promised.value  # noqa: E731
     direct: Callable[[Direction], float] = lambda d: d.direct.value  # noqa: E731
     indirect: Callable[[Direction], float] = lambda d: d.promised.value - d.direct.value  # noqa: E731
     fits = (
-        ("the hypergradient", _factor(e.directions, lambda d: 0.0, whole, e.rtol)),
+        ("the hypergradient", _factor(e.telling, lambda d: 0.0, whole, e.rtol)),
         ("the direct part, d outer / d hparams,", _factor(through, indirect, direct, e.rtol)),
         ("the indirect part, through the inner params,", _factor(through, direct, indirect, e.rtol)),
     )
@@ -265,13 +278,13 @@ _FACTORS = {-1: "had the wrong sign", 0: "were missing", 2: "were counted twice"
 def _factor(
     directions: Sequence[Direction], fixed: Callable[[Direction], float], scaled: Callable[[Direction], float], rtol: float
 ) -> float | None:
-    """The c with ``estimate = fixed + c scaled`` along every direction, if there is one."""
+    """The c with ``estimate = fixed + c scaled`` along every direction, if there is one and it is not 1."""
     size = sum(scaled(d) ** 2 for d in directions)
     if not size:
         return None
     c = sum((d.estimate - fixed(d)) * scaled(d) for d in directions) / size
     off = norm(d.estimate - fixed(d) - c * scaled(d) for d in directions)
-    return c if off <= 100 * rtol * math.sqrt(size) else None
+    return c if off <= 100 * rtol * math.sqrt(size) and abs(c - 1) > 100 * rtol else None
 
 
 def _notes(e: Evidence) -> Iterator[str]:
@@ -286,10 +299,15 @@ def _notes(e: Evidence) -> Iterator[str]:
             )
 
 
-def _rounding(dtype: torch.dtype) -> str:
-    if dtype == torch.float64:
+_KINKS = "Kinks or jumps are close (ReLU, L1, clipping): differences over large steps mislead."
+
+
+def _rounding(e: Evidence) -> str:
+    if e.close:
+        return _KINKS
+    if e.dtype == torch.float64:
         return "The value is rough at the scale of the differences: kinks, chaos, or something that rounds."
-    name = str(dtype).removeprefix("torch.")
+    name = str(e.dtype).removeprefix("torch.")
     return f"Rounding in {name} limits what can be said: repeat with metacal.tree.to(..., torch.float64)."
 
 

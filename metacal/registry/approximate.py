@@ -43,6 +43,6 @@ APPROXIMATE = (
     Method(
         "FirstOrder()", "approximate", lambda s: adjoints.FirstOrder(), "initial params; hparams directly only",
         "all that is of second order", "T", "one state", "nothing", cite("Finn et al. 2017", "1703.03400"),
-        lambda s: s.num_steps, lambda s: s.state_bytes + s.activation_bytes, kind="biased", initial_params=True,
+        lambda s: s.num_steps, lambda s: s.state_bytes + s.activation_bytes, kind="biased", initial_params=True, differentiates=False,
     ),
 )  # fmt: skip

@@ -152,7 +152,8 @@ def _evolution(
             h, bad = tree.axpy(radius, u, hparams), FirstBad()
             inner = advance(solver, inner, h, inner_batches, 0, len(inner_batches), bad)
             value, aux = value_and_aux(outer, inner.params, h, outer_batch)
-            return (inner, 1.0 * _checks.scalar("outer", value), aux, bad.step()), ()  # it may be a count
+            value, aux = tree.map(lambda x: 1.0 * x, (_checks.scalar("outer", value), aux))  # they may be counts
+            return (inner, value, aux, bad.step()), ()
 
         u = lanes.directions(hparams, pairs, distribution)
         xi = tree.add(xi, u) if persistent else u

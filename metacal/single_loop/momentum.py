@@ -178,6 +178,8 @@ def _double_momentum(
         d_w = recursive(state, beta, new.gradient, memory["params_direction"], old.gradient)
         d_h = recursive(state, eta, new.hypergradient, memory["direction"], old.hypergradient)
         adjoint = {"params": inner.params, "hparams": h, "params_direction": d_w, "direction": d_h}
-        return Move(both.follow(inner, h, d_w, new.carry), adjoint, d_h, new.outer, new.stats)
+        inner = both.follow(inner, h, d_w, new.carry)
+        bad.look(0, inner.params)
+        return Move(inner, adjoint, d_h, new.outer, new.stats)
 
     return algorithm(solver, optimizer, start, move)

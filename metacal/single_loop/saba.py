@@ -105,4 +105,4 @@ def _indexed(name: str, pair: Any, length: int) -> tuple[Tensor, Tree]:
     if not isinstance(index, Tensor) or index.ndim or tree.is_floating(index):
         got = f"a tensor of shape {tuple(index.shape)}, {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"`{name}` should start with an index, an integer or a 0-dim integer tensor; got {got}.")
-    return index.reshape(1), batch
+    return index.reshape(1).long(), batch
