@@ -1219,3 +1219,18 @@ def test_kronecker_factors_say_what_they_cannot_do() -> None:
         torch.func.vmap(lambda b: kfac.solve(A, {**f.params, "0.bias": b}).value)(torch.zeros(2, 3, dtype=F64))
     with pytest.raises(ValueError, match=r"`module`.*by name.*'0.bias'.*functional"):
         linear.KFAC(nn.Linear(4, 3), nn.CrossEntropyLoss()).solve(A, f.params)
+
+
+def test_to_look_for_symmetry_draws_nothing_of_the_run() -> None:
+    """The products that it takes are of a noisy map: the generator stands afterwards where the run left it."""
+    A = f64(0.0, 0.6, -0.6, 0.0).reshape(2, 2)
+    noisy = metacal.fixed_point(lambda w, h, b: A @ w + h * (1 + 0.01 * torch.rand(2, dtype=F64)))
+    h, batches = f64(1.0, 2.0), metacal.repeat(None, 5)
+    torch.manual_seed(0)
+    metacal.run(noisy, noisy.init(h, h), h, batches)
+    after = torch.rand(())
+    torch.manual_seed(0)
+    estimate = metacal.hypergradient(lambda w, h, b: (w**2).sum(), noisy, adjoints.Implicit(linear.CG(2)))
+    with pytest.warns(linear.UnreliableHypergradient, match="is for symmetric matrices"):
+        estimate(noisy.init(h, h), h, batches, None)
+    assert torch.rand(()) == after

@@ -1043,3 +1043,12 @@ def test_evolution_strategies_log_counts(loop: Any) -> None:
     opt = loop(outer, solver, optim.sgd(0.1), 4, 0.1)
     _, hg = opt.step(opt.init(torch.zeros(2), torch.ones(2)), [None], None)
     assert hg.aux["positive"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+def test_an_index_of_saba_is_of_any_integer_type(dtype: torch.dtype) -> None:
+    solver = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), optim.sgd(0.1))
+    opt = single_loop.saba(lambda w, h, b: (w**2).sum(), solver, optim.sgd(0.1), 0.1, num_inner=2, num_outer=1)
+    w = torch.zeros(2, dtype=torch.float64)
+    one, other = (opt.step(opt.init(w, w + 1), [(i, None)], (0, None))[0] for i in (1, torch.tensor(1, dtype=dtype)))
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(one), tree.leaves(other), strict=True))

@@ -81,7 +81,8 @@ def test_split_refuses_what_it_cannot_deal():
         tasks.split({"a": torch.zeros(4), "b": torch.zeros(5)}, 2)
     with pytest.raises(ValueError, match=r"`x` should hold tensors that share.*None"):
         tasks.split(torch.tensor(1.0), 2)
-    for bad in (torch.tensor([0, 1, 1, 3]), torch.arange(5), torch.arange(1, 5)):
+    masks = torch.tensor([2, 0, 3, 1], dtype=torch.uint8), torch.ones(4, dtype=torch.bool)  # as an index these pick by truth
+    for bad in (torch.tensor([0, 1, 1, 3]), torch.arange(5), torch.arange(1, 5), *masks):
         with pytest.raises(ValueError, match=r"`permutation` should hold each of 0 ... 3 once"):
             tasks.split(torch.zeros(4), 2, permutation=bad)
     with pytest.raises(ValueError, match=r"`generator`.*`permutation`.*one of the two"):

@@ -110,8 +110,7 @@ class Implicit(Adjoint):
             differentiated = keep_graph or derivatives.attached(ct)
             d_hparams, v, stats = derivatives.released((d_hparams, v, stats), differentiated)
             if not differentiated:
-                with _random.preserved(theta.params):
-                    self._warn(stats, ct, system, theta)
+                self._warn(stats, ct, system, theta)
             return Cotangents((), d_hparams, stats, v if self.solver.warm_start else ())
 
         return final, pullback
@@ -138,13 +137,15 @@ class Implicit(Adjoint):
 
     def _warn(self, stats: dict[str, Tensor], ct: Tree, system: Equation, theta: Theta) -> None:
         names = ("linear_residual", "num_products", "curvature_min", "curvature_max", "first_bad_step")
-        looked_at = [*(stats[name] for name in names), magnitude(ct), torch.maximum(magnitude(ct), magnitude(theta.params))]
-        *numbers, first_bad_step, of_ct, largest = torch.stack([x.to(looked_at[-1]) for x in looked_at]).tolist()
+        of_params = magnitude(theta.params)
+        looked_at = [*(stats[name] for name in names), magnitude(ct), of_params]
+        *numbers, first_bad_step, of_ct, largest = torch.stack([x.to(of_params) for x in looked_at]).tolist()
         # Where the run or the outer gradient went bad before, there is no system to speak of, and its own stat says so.
         if first_bad_step >= 0 or not isfinite(of_ct):
             return
         trouble = self._asymmetry(system, theta, numbers[0]) or self.solver.trouble(*numbers)
-        if trouble is None and largest > torch.finfo(wide(looked_at[-1]).dtype).max ** 0.5:
+        largest = max(of_ct, largest)
+        if trouble is None and largest > torch.finfo(wide(of_params).dtype).max ** 0.5:
             trouble = (
                 f"the params or the outer gradient reach {largest:.0e}, whose square overflows: the inner run has diverged, and its end is "
                 "near no solution that could be differentiated. Take smaller inner steps."
@@ -156,7 +157,8 @@ class Implicit(Adjoint):
         """What an unsolved system's matrix says against a solver for symmetric ones. It is looked at, by two products, only then."""
         if system.is_symmetric or not self.solver.needs_symmetry or not linear_residual > 1e-3:
             return None
-        asymmetry = system.asymmetry(theta)
+        with _random.preserved(theta.params):
+            asymmetry = system.asymmetry(theta)
         if not asymmetry > torch.finfo(asymmetry.dtype).eps ** 0.5:
             return None
         return (
