@@ -46,7 +46,7 @@ class Implicit(Adjoint):
         stochastic: each product reads the next of the selected batches, in a circle, instead of their mean, at the price of one
             batch. For ``linear.Neumann``, whose terms stay unbiased; the mixed product is that of the mean.
 
-    Warns, where nobody differentiates or transforms the estimate (one host read per pullback): ``linear.UnreliableHypergradient``, if
+    Warns, where nobody differentiates or transforms the estimate (host reads: one for the optimizer, one per pullback): ``linear.UnreliableHypergradient``, if
     the linear solver met what more steps do not cure (an indefinite matrix, a series that diverges, a singular system; a matrix that is
     not symmetric under a solver that needs it, looked at by two more products where ``linear_residual`` > 1e-3), or if the params or
     the cotangent are so large that their squares overflow.

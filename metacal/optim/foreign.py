@@ -64,8 +64,9 @@ def moves_at_zero_gradient(optimizer: OptimizerLike, hparams: Tree, params: Tree
     """Whether a zero gradient moves all-ones params from a fresh state: weight decay inside the optimizer.
 
     The fixed points of such an optimizer are not the zeros of the objective's gradient. Looked at for three steps (a warm-up's first
-    may stand still), in float64 whatever the params' dtype, which may round a small decay away; costs three updates.
-    Reads a value from the device: call it outside ``torch.compile``.
+    may stand still), in float64 whatever the params' dtype, which may round a small decay away, and on the first entry of every leaf,
+    which stands for all of them: what depends on a leaf's size, and not on its name, dimensions or settings, is not seen. Reads one
+    value from the device: call it outside ``torch.compile``.
 
     >>> import metacal.optim as optim
     >>> params = {"w": torch.zeros(100)}
@@ -79,18 +80,21 @@ def moves_at_zero_gradient(optimizer: OptimizerLike, hparams: Tree, params: Tree
 def moves_at_rest(init: Callable[[Tree], Any], update: Callable[[Tree, Tree, Any], tuple[Tree, Any]], params: Tree) -> bool:
     """:func:`moves_at_zero_gradient` of an ``update(grads, params, state) -> (params, state)`` and its ``init(params)``."""
     params = tree.detach(params)
-    try:  # in float32, 1 - rate * decay is 1 where the product is below 3e-8
-        return _moves(init, update, tree.map(lambda w: torch.ones_like(w, dtype=torch.promote_types(w.dtype, torch.float64)), params))
-    except (RuntimeError, TypeError):  # an update that computes in one precision, a device that lacks another
-        return _moves(init, update, tree.map(torch.ones_like, params))
+    for like in (tree.map(lambda w: w[(slice(1),) * w.ndim], params), params):
+        try:  # in float32, 1 - rate * decay is 1 where the product is below 3e-8
+            wide = tree.map(lambda w: torch.ones_like(w, dtype=torch.promote_types(w.dtype, torch.float64)), like)
+            return _moves(init, update, wide)
+        except (RuntimeError, TypeError, ValueError):
+            continue  # a setting for every entry, an update that computes in one precision, a device that lacks another
+    return _moves(init, update, tree.map(torch.ones_like, params))
 
 
 def _moves(init: Callable[[Tree], Any], update: Callable[[Tree, Tree, Any], tuple[Tree, Any]], ones: Tree) -> bool:
     state, still, found = init(ones), tree.zeros_like(ones), []
     for _ in range(3):  # a warm-up's first step may stand still
         there, state = update(still, ones, state)
-        found += tree.leaves(there)
-    return any(bool((_plain(w) != 1).any()) for w in found)
+        found += [(_plain(w) != 1).any() for w in tree.leaves(there)]
+    return bool(found) and bool(torch.stack(found).any())
 
 
 def _build(optimizer: OptimizerLike, hparams: Tree) -> GradientTransformation:
