@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any, get_args
 
@@ -94,6 +95,31 @@ def scalar(name: str, value: Any) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"`{name}` should return a scalar, got a tensor of shape {tuple(value.shape)}. Reduce it: .mean() or .sum().")
     return value if value.ndim == 0 else value.reshape(())
+
+
+_COPY = "Change a copy: x = x + noise and not x += noise, x.clone(), no inplace=True in a network's first layer."
+_INSTEAD = {
+    "params": "What moves them belongs in the step after it: solver._replace(step=...), or the optimizer.",
+    "carry": "Return new tensors; for a module's buffers use metacal.functional(module).apply(params, x, carry=carry).",
+}
+
+
+@contextmanager
+def left_alone(**arguments: Tree) -> Iterator[None]:
+    """Raises ValueError if a tensor among the objective's arguments is changed in place inside: steps are taken again from them."""
+    before = {name: _versions(value) for name, value in arguments.items()}
+    yield
+    for name, value in arguments.items():
+        if (now := _versions(value)) != before[name]:
+            path = next(path for path, a, b in zip(tree.paths(value), before[name], now, strict=True) if a != b)
+            where = f"`{name}`" + (f" at '{path}'" if path else "")
+            raise ValueError(
+                f"`objective` changed its {where} in place, and steps are taken again from it. {_INSTEAD.get(name, _COPY)}"
+            )
+
+
+def _versions(value: Tree) -> list[int]:
+    return [x._version if isinstance(x, Tensor) and not x.is_inference() else 0 for x in tree.leaves(value)]
 
 
 def pair(name: str, value: Any, what: str) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from metacal import tree
+from metacal import _dropout, tree
 from metacal._typing import Tree
 from metacal.derivatives import attached
 from metacal.operators import Loss
@@ -47,7 +47,8 @@ def compiled(fn: Any, how: bool | str, second_order_of: Loss | None = None) -> C
             return fn(*args)
         if not tried:  # eagerly: it shows a user's mistakes as they are, and learns what forward mode cannot do
             tried = True
-            return fn(*args)
+            with _dropout.Refused():
+                return fn(*args)
         if second_order_of is not None and not second_order_of.seen.has_forward_mode:
             return fn(*args)
         if cuda_graphs:

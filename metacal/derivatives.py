@@ -225,8 +225,13 @@ def func_jvp(fn: Callable[..., Tree], primals: tuple[Tree, ...], tangents: tuple
         return tuple(out)
 
     with differentiable_attention():
-        tangent = _seen_through(torch.func.jvp, on_leaves, tuple(flat), tuple(tree.leaves(tangents)))[1]
-    return tree.unflatten(structure, tangent)
+        out, tangent = _seen_through(torch.func.jvp, on_leaves, tuple(flat), tuple(tree.leaves(tangents)))
+    return tree.unflatten(structure, in_dtype_of(out, tangent))
+
+
+def in_dtype_of(outputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+    """The tangents in their outputs' dtypes: torch makes that of a number over a 0-dim float32 tensor float64."""
+    return [d.to(x.dtype) for x, d in zip(outputs, tangents, strict=True)]
 
 
 def differentiable_attention() -> AbstractContextManager[None]:

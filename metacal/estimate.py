@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from metacal import _autocast, _checks, _random, derivatives, tree
+from metacal import _ambient, _checks, _random, derivatives, tree
 from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.adjoints.base import Pullback
 from metacal.batches import constant, listed
-from metacal.inner import InnerSolver, InnerState, WithAux, run
+from metacal.inner import InnerSolver, InnerState, Rest, WithAux, run
 
 
 class HyperGradient(NamedTuple):
@@ -93,11 +93,14 @@ def differentiate(
     if not derivatives.transforming():
         constant("outer_batch", outer_batch)
         state, hparams = tree.detach((state, hparams))
+    _refuse_learned_constants(solver, state, hparams)
+    ambient = _ambient.present(state.params)
     final, pullback = adjoint.vjp(solver, state, hparams, inner_batches, memory=memory)
     value, aux, (d_params, direct) = derivatives.value_and_grad(
         lambda w, h: value_and_aux(outer, w, h, outer_batch), final.params, hparams, name="outer"
     )
-    cotangents = pullback(d_params)
+    with _ambient.again(ambient):  # the outer objective may have put a module into another mode
+        cotangents = pullback(d_params)
     stats = cotangents.stats | {"direct_share": share(direct, cotangents.hparams)}
     result = HyperGradient(value, tree.add(direct, cotangents.hparams), cotangents.params, final, stats, aux)
     result, memory = derivatives.released((result, cotangents.memory), derivatives.transforming())
@@ -126,6 +129,11 @@ def check_parts(solver: Any, adjoint: Any) -> None:
         )
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"`adjoint` should be one of metacal.adjoints with its settings, such as Unrolled(), got {adjoint!r}.")
+    if adjoint.derives_steps and isinstance(solver.step, Rest):
+        raise ValueError(
+            f"`adjoint` should derive a solution where there are no steps (metacal.stationary): the derivative of {type(adjoint).__name__} "
+            "would be zero. Use adjoints.Implicit(linear.CG(20))."
+        )
 
 
 def _check(params: Tree, hparams: Tree, batches: Any) -> None:
@@ -140,6 +148,22 @@ def _check(params: Tree, hparams: Tree, batches: Any) -> None:
     _checks.batches(batches)
 
 
+def _refuse_learned_constants(solver: InnerSolver, state: InnerState, hparams: Tree) -> None:
+    """Raises ValueError if the optimizer was given a setting that requires grad, past the hparams. Looked at once."""
+    if (parts := solver.taken_apart) is None or parts.objective.seen.has_constant_settings or derivatives.transforming():
+        return
+    w, s, h = tree.detach((state.params, state.opt_state, hparams))
+    with torch.enable_grad():
+        after = parts.update(tree.zeros_like(w), w, s, h)
+    if any(leaf.requires_grad for leaf in tree.leaves(after) if isinstance(leaf, Tensor)):
+        raise ValueError(
+            "`optimizer` was given a tensor that requires grad, but what a solver closes over is a constant and no gradient would reach "
+            "it. What is learned comes through `hparams`: descent(objective, lambda hparams: optim.sgd(hparams['lr'])). To keep it fixed, "
+            "detach it."
+        )
+    parts.objective.seen.has_constant_settings = True
+
+
 @dataclass
 class _Problem:
     """What the autograd Function of :func:`solve` carries beside its tensors."""
@@ -151,12 +175,14 @@ class _Problem:
     num_hparams: int
     stats: dict[str, Tensor] | None
     noise: _random.Noise | None = None
-    autocast: _autocast.Autocast | None = None
+    ambient: _ambient.Ambient | None = None
     pullback: Pullback | None = field(default=None, repr=False)
 
     def vjp(self, flat: Sequence[Tensor]) -> tuple[InnerState, Pullback]:
         params, hparams, batches = self.combine(flat)
-        return self.adjoint.vjp(self.solver, self.solver.init(params, hparams), hparams, batches)
+        state = self.solver.init(params, hparams)
+        _refuse_learned_constants(self.solver, state, hparams)
+        return self.adjoint.vjp(self.solver, state, hparams, batches)
 
 
 def solve(
@@ -173,7 +199,8 @@ def solve(
     ``outer(solve(...)).backward()`` fills the ``.grad`` of the params and hparams, which may be ``nn.Parameter`` s. A ``solve``
     inside an inner objective makes a third level; first and second derivatives are right for every adjoint (with
     ``mode="graph"``: in plain autograd). What the objective closes over is a constant: pass everything that is learned through
-    ``hparams``, and leave modules in their mode (train, eval) until the backward pass, which takes steps again.
+    ``hparams``. The backward pass takes steps again as they were taken: with the same noise, under the same autocast, and with modules
+    (those of :func:`metacal.functional`) in the mode, train or eval, that they had.
 
     Args:
         params, hparams: trees of tensors.
@@ -216,7 +243,7 @@ class _Solve(Function):
     @staticmethod
     def forward(problem: _Problem, *flat: Tensor) -> tuple[Tensor, ...]:
         params, hparams, batches = problem.combine(flat)
-        problem.noise, problem.autocast = _random.noise(params), _autocast.present(params)
+        problem.noise, problem.ambient = _random.noise(params), _ambient.present(params)
         if derivatives.transforming() or not any(x.requires_grad for x in flat):
             final = run(problem.solver, problem.solver.init(params, hparams), hparams, batches)
         else:  # the backward pass will want the saved states
@@ -244,8 +271,8 @@ class _Solve(Function):
         ct = tree.unflatten(tree.structure(params), list(cotangents))
         pullback, problem.pullback = problem.pullback, None  # once: it holds the states, and uses them up
         assert problem.noise is not None
-        assert problem.autocast is not None
-        with _autocast.again(problem.autocast):
+        assert problem.ambient is not None
+        with _ambient.again(problem.ambient):
             if pullback is not None and not derivatives.attached(list(flat), ct):
                 found = pullback(ct)
             else:  # somebody differentiates this backward pass: run it where they can see it

@@ -129,6 +129,11 @@ class InnerSolver(NamedTuple):
         """The parts that the step is made of: None where it is another, as one that somebody wrapped."""
         return self.descent if isinstance(self.step, DescentStep) and self.step.descent is self.descent else None
 
+    @property
+    def stationarity(self) -> Descent | None:
+        """The parts whose gradient the residual is: None where the equation of a solution is another."""
+        return self.descent if isinstance(self.residual, Gradient) and self.residual.descent is self.descent else None
+
 
 @dataclass(frozen=True)
 class DescentStep:
@@ -139,6 +144,25 @@ class DescentStep:
     def __call__(self, state: InnerState, hparams: Tree, batch: Tree) -> InnerState:
         after: InnerState = self.descent.step(state, hparams, batch)[0]
         return after
+
+
+@dataclass(frozen=True)
+class Rest:
+    """No step: the params are where they belong."""
+
+    def __call__(self, state: InnerState, hparams: Tree, batch: Tree) -> InnerState:
+        return state
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """The residual of a :class:`Descent`, at the first value of the carry."""
+
+    descent: Descent
+    carry: Tree
+
+    def __call__(self, params: Tree, hparams: Tree, batch: Tree) -> Tree:
+        return self.descent.gradient(params, hparams, batch, self.carry)[0]
 
 
 @dataclass(frozen=True)
@@ -197,14 +221,8 @@ def _with_carry(objective: Callable[[Tree, Tree, Tree, Tree], Any]) -> Callable[
     def pure(params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> tuple[Tensor, Tree]:
         if torch.compiler.is_compiling():
             return objective(params, hparams, batch, carry)
-        before = [x._version for x in tree.leaves(carry)]
-        value, moved = _checks.pair("objective", objective(params, hparams, batch, carry), "(loss, carry), as it is given a `carry`")
-        for path, x, version in zip(tree.paths(carry), tree.leaves(carry), before, strict=True):
-            if x._version != version:
-                raise ValueError(
-                    f"`objective` changed its `carry` at '{path}' in place, and steps are taken again from it. Return new tensors; for "
-                    "a module's buffers use metacal.functional(module).apply(params, x, carry=carry)."
-                )
+        with _checks.left_alone(carry=carry):
+            value, moved = _checks.pair("objective", objective(params, hparams, batch, carry), "(loss, carry), as it is given a `carry`")
         return value, moved
 
     return pure
@@ -268,27 +286,31 @@ def descent(objective: Any, optimizer: OptimizerLike, *, carry: Tree | None = No
         gradient, step = (_compile.compiled(fn, compile) for fn in (gradient, step))
         products, product, pullback = (_compile.compiled(fn, compile, second_order_of=loss) for fn in (products, product, pullback))
 
-    def residual(params: Tree, hparams: Tree, batch: Tree) -> Tree:
-        return gradient(params, hparams, batch, () if carry is None else carry)[0]
-
     parts = Descent(loss, gradient, products, update, linearised, step, pullback)
-    return InnerSolver(init, DescentStep(parts), residual, parts)
+    return InnerSolver(init, DescentStep(parts), Gradient(parts, () if carry is None else carry), parts)
 
 
-def proximal(objective: Objective, optimizer: OptimizerLike, strength: float | Tensor, *, anchor: Callable[[Tree], Tree]) -> InnerSolver:
+def proximal(
+    objective: Objective, optimizer: OptimizerLike, strength: float | Tensor | Callable[[Tree], Tensor], *, anchor: Callable[[Tree], Tree]
+) -> InnerSolver:
     """Descent on ``objective + strength/2 |w - anchor(hparams)|^2``: iMAML's inner problem.
 
-    The pull towards the anchor makes the solution depend on it, so that implicit adjoints can differentiate it.
+    The pull towards the anchor makes the solution depend on it, so that implicit adjoints can differentiate it. A strength that is
+    learned is a function of the hparams.
 
     Source: Rajeswaran et al. 2019 (arXiv 1909.04630), equation 3.
     """
 
-    if not isinstance(strength, Tensor) and not strength >= 0:
+    if isinstance(strength, Tensor):
+        if strength.requires_grad:
+            raise ValueError("`strength` requires grad, and no gradient would reach it. Give it as lambda hparams: hparams['strength'].")
+    elif not callable(strength) and not strength >= 0:
         raise ValueError(f"`strength` should not be negative, which would push the params away from the anchor; got {strength}.")
 
     def tied(params: Tree, hparams: Tree, batch: Tree, /) -> Tensor:
         distance = tree.sub(params, anchor(hparams))
-        return objective(params, hparams, batch) + 0.5 * strength * tree.vdot(distance, distance)
+        pull = strength(hparams) if callable(strength) else strength
+        return objective(params, hparams, batch) + 0.5 * pull * tree.vdot(distance, distance)
 
     return descent(tied, optimizer)._replace(anchor=anchor)
 
@@ -310,9 +332,19 @@ def fixed_point(fn: Callable[[Tree, Tree, Tree], Tree]) -> InnerSolver:
 
 
 def stationary(objective: Objective) -> InnerSolver:
-    """No steps: the params are a minimiser found elsewhere, and the batches only define the objective that they minimise."""
-    solver = descent(objective, optim.sgd(0.0))
-    return solver._replace(step=lambda state, hparams, batch: state)
+    """No steps: the params are a minimiser found elsewhere, and the batches only define the objective that they minimise.
+
+    For ``adjoints.Implicit``: there are no steps that others could derive, and they are refused.
+
+    >>> import torch, metacal
+    >>> from metacal import linear
+    >>> solver = metacal.stationary(lambda w, h, b: ((w - b) ** 2).sum() / 2 + h * (w**2).sum() / 2)
+    >>> h, b = torch.tensor(1.0, requires_grad=True), torch.tensor([2.0])
+    >>> w = metacal.solve(solver, b / 2, h, [b], metacal.adjoints.Implicit(linear.CG(1)))  # b / (1 + h) is the minimiser
+    >>> torch.autograd.grad(w.sum(), h)  # - b / (1 + h)^2
+    (tensor(-0.5000),)
+    """
+    return descent(objective, optim.sgd(0.0))._replace(step=Rest())
 
 
 def run(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree]) -> InnerState:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from metacal import _ambient
+
 _CHECKPOINTING = (
     "`module` recomputes activations internally (torch.utils.checkpoint). The recomputation would run after the module's own "
     "parameters are back in place and give silently wrong gradients. Turn it off in the module (for Hugging Face models: "
@@ -56,6 +58,7 @@ def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "ca
         raise TypeError(f"`module` should be an nn.Module, got {type(module).__name__}.")
     if batch_norm not in ("carry", "batch"):
         raise ValueError(f"`batch_norm` should be 'carry' or 'batch', got {batch_norm!r}.")
+    _ambient.watch(module)
     called = module
     if batch_norm == "batch":
         called = torch.func.replace_all_batch_norm_modules_(copy.deepcopy(module))

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from metacal import _checks, _random, tree
+from metacal import _checks, _dropout, _random, tree
 from metacal._typing import Tree
 from metacal.derivatives import (
     accumulator,
     attached,
     differentiable_attention,
     graph_nodes,
+    in_dtype_of,
     pullbacks,
     released,
     transforming,
@@ -39,6 +40,8 @@ class _Seen:
     has_forward_mode: bool = True
     has_plain_dual_numbers: bool = True
     is_twice_differentiable: bool = False
+    leaves_arguments_alone: bool = False
+    has_constant_settings: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ def mixed_products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: 
     """``(H_ww d, H_hw d)``, by symmetry of the full Hessian from one pass.
 
     A double backward, the pullback of ``(w, h) -> grad_w L`` at d, is what took least time and memory on every network that was
-    measured. Where somebody differentiates it, it is ``jvp((w, h) -> grad_{w,h} L, (d, 0))``, forward over reverse; the zero tangent
-    is not materialised: h is a constant of the forward pass. Work: two to three gradients.
+    measured. Inside a transform it is ``jvp((w, h) -> grad_{w,h} L, (d, 0))``, forward over reverse; the zero tangent is not
+    materialised: h is a constant of the forward pass. Work: two to three gradients.
     """
     products: tuple[Tree, Tree] = _products(loss, params, hparams, batch, carry, direction, lambda w: (w, hparams))
     return products
@@ -164,7 +167,10 @@ def _products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree,
 
 
 class _Stops(TorchFunctionMode):
-    """Sees whether something is made a constant that forward mode does not take for one: under ``torch.no_grad``, or by ``x.data``."""
+    """Sees whether something is made a constant that forward mode does not take for one: under ``torch.no_grad``, or by ``x.data``.
+
+    Inside of a transform dropout draws as it does outside, where the run may have been.
+    """
 
     of_no_grad = of_data = False
 
@@ -182,6 +188,8 @@ class _Stops(TorchFunctionMode):
             # Leaving enable_grad inside of an autograd.Function switches it off too.
             self.of_no_grad |= all(code is None or code.co_name != "__exit__" for code in callers)
         self.of_data |= getattr(func, "__self__", None) is torch.Tensor.data  # the getter of the property
+        if func in _dropout.DROPOUTS and transforming():
+            return _dropout.as_eager(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -201,7 +209,8 @@ def _average(total: Tree, n: int, like: Tree) -> Tree:
 
 def _engine(loss: Loss, keep_graph: bool) -> Callable[..., tuple[Tree, Tree]]:
     """The cheapest way to a product that is right here and not known to fail."""
-    if not (keep_graph or loss.compiled) or not loss.seen.has_forward_mode:
+    forward = transforming() or (loss.compiled and not keep_graph)
+    if not (forward and loss.seen.has_forward_mode):
         return _reverse_over_reverse
     return _dual_numbers if loss.seen.has_plain_dual_numbers and not keep_graph else _forward_over_reverse
 
@@ -266,8 +275,8 @@ def _forward_over_reverse(
         return gradient, tree.partition(moved)[0]
 
     still = [torch.zeros_like(c) for c in c_flat]
-    _, products, moved = torch.func.jvp(gradients, (w_flat, c_flat), (tree.leaves(direction), still), has_aux=True)  # type: ignore[misc]
-    return tree.unflatten(structure, products), combine(moved)
+    g, products, moved = torch.func.jvp(gradients, (w_flat, c_flat), (tree.leaves(direction), still), has_aux=True)  # type: ignore[misc]
+    return tree.unflatten(structure, in_dtype_of(g, products)), combine(moved)
 
 
 def _reverse_over_reverse(
@@ -287,9 +296,15 @@ def _reverse_over_reverse(
 
 def _gradient(loss: Loss, w: Tree, h: Tree, piece: Tree, carry: Tree) -> tuple[Tree, Tree]:
     """``grad_w L`` of one piece, and the carry."""
-    with _Stops() if transforming() and not torch.compiler.is_compiling() else nullcontext():
+    compiling = torch.compiler.is_compiling()
+    with (
+        _Stops() if transforming() and not compiling else nullcontext(),
+        nullcontext() if loss.seen.leaves_arguments_alone or compiling else _checks.left_alone(params=w, hparams=h, batch=piece),
+    ):
         _, moved, (g,) = value_and_grad(lambda w: loss.fn(w, h, piece, carry), w, constants=h)
-    # Looked at once, where somebody differentiates it.
+    # Looked at once: what objectives do, and, where somebody differentiates it, the graph.
+    if not compiling:
+        loss.seen.leaves_arguments_alone = True
     if not transforming() and not loss.seen.is_twice_differentiable and any(leaf.requires_grad for leaf in tree.leaves(g)):
         _refuse_once_differentiable(g)
         loss.seen.is_twice_differentiable = True

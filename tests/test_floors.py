@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "metacal"
 # From the ground up. A name is a file of metacal/ or a folder (every file in it); what shares a line may not import each
 # other, except inside one folder, where imports must not run in a circle.
 FLOORS = (
-    ("_typing", "_safe", "_lifeline"),
+    ("_typing", "_safe", "_dropout", "_lifeline"),
     ("tree",),
-    ("_autocast", "_checks", "_random", "_device", "modules"),
+    ("_ambient", "_checks", "_random", "_device"),
+    ("modules",),
     ("_fastest", "derivatives", "optim", "tasks", "objectives", "nets"),
     ("operators", "batches"),
     ("linear", "_compile"),

@@ -306,7 +306,7 @@ def test_an_implicit_estimate_refuses_two_levels_that_go_forward(transform: str,
 def test_a_solve_in_lanes_goes_forward_in_each(adjoint: metacal.Adjoint) -> None:
     """The params that it starts from are the same in every lane, the tangents are not: also where no step makes them differ."""
     solver, h, d_h = metacal.descent(bent, optim.sgd(0.1)), f64(0.7, -0.4), f64(1.0, 2.0)
-    for start in (solver, metacal.stationary(bent)):
+    for start in (solver,) if adjoint.derives_steps else (solver, metacal.stationary(bent)):
         value = lambda h, s=start: (metacal.solve(s, Y0, h, metacal.repeat(None, 3), adjoint) ** 3).sum()  # noqa: E731
         found = along(torch.func.vmap(value), torch.stack([d_h, 3 * d_h]))(torch.stack([h, h]))
         one = along(value, d_h)(h)

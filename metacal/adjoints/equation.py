@@ -44,7 +44,7 @@ class Equation:
 
     def at(self, theta: Theta) -> Equation:
         """The same, for ``theta`` alone and not to be differentiated: all of its parts are of one gradient, where there is one."""
-        descent = self.inner.descent
+        descent = self.inner.stationarity
         if descent is None or len(theta.batches) > 1 or not isinstance(self.operator, linear.Hessian):
             return self
         _random.restore(self.noise)

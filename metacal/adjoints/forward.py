@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from metacal import _checks, _random, tree
+from metacal import _checks, _random, derivatives, tree
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback
@@ -49,6 +49,7 @@ class Forward(Adjoint):
 
     chunk_size: int | None = None
     max_hparams: int = 4096
+    derives_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         lanes.check_chunk_size(self.chunk_size)
@@ -118,6 +119,7 @@ class ForwardSketch(Adjoint):
     num_directions: int
     distribution: lanes.Distribution = "rademacher"
     chunk_size: int | None = None
+    derives_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.whole("num_directions", self.num_directions)
@@ -208,8 +210,8 @@ def _push(
     def along(lane: Tree) -> tuple[Tree, list[Tensor]]:
         (d_w, d_s), d_h, d_c = lane
         tangents = tree.leaves((d_w, d_s, d_h, d_c, tree.zeros_like(x)))
-        _, moved, values = torch.func.jvp(step, tuple(primals), tuple(tangents), has_aux=True)  # type: ignore[misc]
-        return tree.unflatten(structure, moved), values
+        after, moved, values = torch.func.jvp(step, tuple(primals), tuple(tangents), has_aux=True)  # type: ignore[misc]
+        return tree.unflatten(structure, derivatives.in_dtype_of(after, moved)), values
 
     d_c = lanes.zeros(lanes.count((Z, d_hparams)), c)
     Z, values = lanes.over(along, (Z, d_hparams, d_c), chunk_size, state.params)

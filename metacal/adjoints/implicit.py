@@ -14,7 +14,7 @@ from metacal import _random, derivatives, linear, tree
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback, Select, chosen
 from metacal.adjoints.equation import Equation, Theta, root, solve_linear
-from metacal.inner import FirstBad, InnerSolver, InnerState, advance, run
+from metacal.inner import FirstBad, InnerSolver, InnerState, Rest, advance, run
 from metacal.linear.base import magnitude, number, relative, wide
 from metacal.optim.foreign import moves_at_rest
 
@@ -46,14 +46,15 @@ class Implicit(Adjoint):
         stochastic: each product reads the next of the selected batches, in a circle, instead of their mean, at the price of one
             batch. For ``linear.Neumann``, whose terms stay unbiased; the mixed product is that of the mean.
 
-    Warns, where nobody differentiates or transforms the estimate (host reads: one for the optimizer, one per pullback): ``linear.UnreliableHypergradient``, if
-    the linear solver met what more steps do not cure (an indefinite matrix, a series that diverges, a singular system; a matrix that is
-    not symmetric under a solver that needs it, looked at by two more products where ``linear_residual`` > 1e-3), or if the params or
-    the cotangent are so large that their squares overflow.
+    Reads the host twice per estimate: does the optimizer come to rest, and what is there to warn of. Warns, where nobody differentiates
+    or transforms the estimate: ``linear.UnreliableHypergradient``, if the linear solver met what more steps do not cure (an indefinite
+    matrix, a series that diverges, a singular system; a matrix that is not symmetric under a solver that needs it, looked at by two more
+    products where ``linear_residual`` > 1e-3), or if the params or the cotangent are so large that their squares overflow.
 
-    Errors: an optimizer whose fixed points are not the zeros of the residual (weight decay inside it) is refused; so are ``stochastic``
-    for a solver that needs one matrix throughout, and with ``linear.last``, which selects a single batch; complex params; and a second
-    level of forward mode (``jacfwd`` of ``jacfwd``), which torch does not let a derivative like this one see.
+    Errors: an optimizer whose fixed points are not the zeros of the residual (weight decay inside it, also one that is learned and
+    starts at 0) is refused; so are a solver whose step was replaced and whose residual was not; ``stochastic`` for a solver that needs
+    one matrix throughout, and with ``linear.last``, which selects a single batch; complex params; and a second level of forward mode
+    (``jacfwd`` of ``jacfwd``), which torch does not let a derivative like this one see.
 
     Source: Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590); Blondel et al. 2022 (arXiv 2105.15183).
     """
@@ -125,6 +126,12 @@ class Implicit(Adjoint):
             return derivatives.func_jvp(solution, (hparams,), (d_hparams,))
 
     def _equation(self, solver: InnerSolver, final: InnerState, hparams: Tree, batches: Sequence[Tree]) -> tuple[Equation, Theta]:
+        if solver.stationarity is not None and solver.taken_apart is None and not isinstance(solver.step, Rest):
+            raise ValueError(
+                "`solver` has another step than its objective's (a projection, say), but the residual is still the gradient, which need "
+                "not be zero where such steps end. Make it with metacal.fixed_point(step), or give the equation of its solutions: "
+                "solver._replace(step=..., residual=lambda params, hparams, batch: ...)."
+            )
         refuse_moving_fixed_points(solver, final.params, hparams)
         if not len(batches):
             raise ValueError("`batches` should hold at least one batch: it defines the linear system. Pass [batch].")
@@ -170,9 +177,10 @@ class Implicit(Adjoint):
 
 def refuse_moving_fixed_points(solver: InnerSolver, params: Tree, hparams: Tree) -> None:
     """Raises ValueError if the solver's optimizer does not come to rest at the zeros of the gradient."""
-    if (descent := solver.descent) is None:
+    if (descent := solver.taken_apart) is None:
         return
-    if moves_at_rest(lambda w: solver.init(w, hparams).opt_state, lambda g, w, s: descent.update(g, w, s, hparams), params):
+    beside = tree.map(lambda h: h.detach() + 1e-3, hparams)  # a learned decay may be 0, and its derivative is not
+    if moves_at_rest(lambda w: solver.init(w, beside).opt_state, lambda g, w, s: descent.update(g, w, s, beside), params):
         raise ValueError(
             "`solver`'s optimizer moves the params even where the gradient is zero (weight decay inside the optimizer), so it does not "
             "stop where implicit differentiation assumes and the hypergradient would be wrong by tens of percent. Put the L2 term in "

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ class Unrolled(Adjoint):
     Modes, in units of T plain training steps (F + 2F each), for a state of params and optimizer state:
 
     - ``mixed`` (default): states are stored, and each step is pulled back by a double backward of it. Inside a ``torch.func``
-      transform, compiled, with micro-batches and where somebody differentiates the result, it goes back through the update and then
-      by one product with the full Hessian, forward over reverse, and the gradients are stored too. Work 4.3 - 5.2 (3.3 - 4.2
+      transform, compiled and with micro-batches, it goes back through the update and then by one product with the full Hessian,
+      forward over reverse, and the gradients are stored too. Work 4.3 - 5.2 (3.3 - 4.2
       with ``segment=1``); memory sqrt(2 T) states plus one step's activations.
     - ``reverse``: a double backward of one segment of steps at a time, which every solver has. Work 3.3 - 4.2; memory sqrt(T)
       states and sqrt(T) steps' graphs.
@@ -66,6 +66,7 @@ class Unrolled(Adjoint):
     window: int | None = None
     segment: int | None = None
     offload: bool = False
+    derives_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.one_of("mode", self.mode, Mode)
@@ -249,7 +250,7 @@ class Unrolled(Adjoint):
         if self.mode not in ("mixed", "auto") or (parts := solver.taken_apart) is None:
             return None
         loss = parts.objective
-        return parts if derivatives.attached(state, hparams) or loss.compiled or loss.num_chunks > 1 else None
+        return parts if derivatives.transforming() or loss.compiled or loss.num_chunks > 1 else None
 
 
 def _zero(x: Tensor, compact: bool) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -51,6 +52,7 @@ class ZerothOrder(Adjoint):
     radius: float | Tensor = 0.01
     distribution: lanes.Distribution = "rademacher"
     chunk_size: int | None = 1
+    derives_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.whole("num_directions", self.num_directions)

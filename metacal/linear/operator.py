@@ -1,7 +1,7 @@
 """The matrices that implicit differentiation inverts, and the mixed products that go with them.
 
-``inner`` is the inner problem (``metacal.InnerSolver``): its ``residual(params, hparams, batch)`` is F, and where its steps are
-those of a gradient, ``descent.objective`` is the loss L with F = dL/dw.
+``inner`` is the inner problem (``metacal.InnerSolver``): its ``residual(params, hparams, batch)`` is F, and where that is the gradient
+of its objective, ``stationarity.objective`` is the loss L with F = dL/dw.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ class Operator(ABC):
 
     def mixed(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree, v: Tree) -> Tree:
         """``F_h^T v``. Work: two to three gradients."""
-        if inner.descent is None:
+        if inner.stationarity is None:
             return _pulled_to_hparams(inner, params, hparams, batch, carry, v)
-        return inner.descent.products(params, hparams, batch, carry, v)[1]
+        return inner.stationarity.products(params, hparams, batch, carry, v)[1]
 
 
 @dataclass(frozen=True)
 class Hessian(Operator):
     """A = d2 L / dw2 of the inner objective, by backward passes through one recorded gradient (one to two gradients each).
 
-    An inner problem without an objective (a fixed point) has the :class:`Jacobian` of its residual instead.
+    An inner problem whose residual is no gradient (a fixed point) has the :class:`Jacobian` of it instead.
     """
 
     def is_symmetric(self, inner: Any) -> bool:
-        return inner.descent is not None
+        return inner.stationarity is not None
 
     def matrix(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> LinearMap:
-        if inner.descent is None:
+        if inner.stationarity is None:
             return Jacobian().matrix(inner, params, hparams, batch, carry)
-        return symmetric(inner.descent.linearised(params, hparams, batch, carry).hessian)
+        return symmetric(inner.stationarity.linearised(params, hparams, batch, carry).hessian)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Jacobian(Operator):
     """A = (d residual / dw)^T of any inner problem, by one recorded residual and a backward pass per product."""
 
     def is_symmetric(self, inner: Any) -> bool:
-        return inner.descent is not None  # then it is the Hessian, computed in another way
+        return inner.stationarity is not None  # then it is the Hessian, computed in another way
 
     def matrix(self, inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> LinearMap:
         def F(w: Tree) -> Tree:
@@ -121,9 +121,9 @@ class Jacobian(Operator):
 
 def residual(inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> Tree:
     """F(w, h). Where it is a gradient, with the carry at which it was taken: ``inner.residual`` knows that of the start only."""
-    if inner.descent is None:
+    if inner.stationarity is None:
         return inner.residual(params, hparams, batch)
-    return inner.descent.gradient(params, hparams, batch, carry)[0]
+    return inner.stationarity.gradient(params, hparams, batch, carry)[0]
 
 
 def _pulled_to_hparams(inner: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree, v: Tree) -> Tree:
