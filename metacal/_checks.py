@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metacal import tree
 from metacal._typing import Tree
@@ -40,10 +40,13 @@ def differentiable_tree(name: str, value: Tree) -> None:
     for path, leaf in zip(tree.paths(value), tree.leaves(value), strict=True):
         where = f"`{name}`" + (f" at '{path}'" if path else "")
         if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"{where} should be a tensor, got {type(leaf).__name__}. Wrap numbers: torch.tensor({leaf!r}); for an nn.Module "
-                "use metacal.functional(module).params."
-            )
+            if isinstance(leaf, nn.Module):
+                raise TypeError(
+                    f"{where} should be a tensor, got the module {type(leaf).__name__}. Pass its tensors by name: "
+                    "dict(module.named_parameters()), whose .grad a backward pass fills, or the copies metacal.functional(module).params; "
+                    "metacal.functional(module).apply takes either."
+                )
+            raise TypeError(f"{where} should be a tensor, got {type(leaf).__name__}. Wrap numbers: torch.tensor({leaf!r}).")
         if leaf.is_inference():
             raise TypeError(f"{where} was made under torch.inference_mode() and cannot be differentiated. Clone it outside: x.clone().")
         if not tree.is_floating(leaf):
@@ -77,6 +80,11 @@ def batches(value: Any) -> None:
             raise TypeError(
                 f"`batches` should be a sequence with one batch per step, got a {type(value).__name__}. For one step pass "
                 "[batch]; for n steps on the same batch pass metacal.repeat(batch, n)."
+            )
+        if isinstance(value, tuple) and all(isinstance(x, Tensor) for x in value) and len({x.shape[1:] for x in value}) > 1:
+            raise TypeError(
+                f"`batches` should be a sequence with one batch per step, got a tuple of tensors of shapes {[tuple(x.shape) for x in value]}, "
+                "which looks like one batch. For one step pass [batch]; for n steps on the same batch pass metacal.repeat(batch, n)."
             )
         return
     raise TypeError(

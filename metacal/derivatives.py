@@ -191,7 +191,16 @@ def _pulled(
         return [torch.zeros_like(x) for x in xs]
     live, cts = zip(*pairs, strict=True)
     with torch.enable_grad():
-        found = torch.autograd.grad(live, xs, cts, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True)
+        try:
+            found = torch.autograd.grad(live, xs, cts, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True)
+        except RuntimeError as error:  # as of nn.EmbeddingBag and ctc_loss
+            if "derivative" not in str(error) or "not implemented" not in str(error):
+                raise
+            said = str(error).split(". ")[0].rstrip(".")
+            raise RuntimeError(
+                f"An operation of the objective has no second derivative, which this hypergradient needs ({said}). Write it out of others, "
+                "or use an adjoint without second derivatives (FiniteDifference, FirstOrder)."
+            ) from error
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, xs, strict=True)]
 
 

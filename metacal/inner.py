@@ -316,17 +316,31 @@ def proximal(
 
 
 def fixed_point(fn: Callable[[Tree, Tree, Tree], Tree]) -> InnerSolver:
-    """Iterates ``w <- fn(w, hparams, batch)``: any update rule, for instance a deep equilibrium layer."""
+    """Iterates ``w <- fn(w, hparams, batch)``: any update rule, for instance a deep equilibrium layer.
+
+    Gradients inside of ``fn`` are taken by ``torch.func.grad``, which every adjoint can look into.
+    """
+
+    def following(params: Tree, hparams: Tree, batch: Tree) -> Tree:
+        try:
+            return fn(params, hparams, batch)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise RuntimeError(
+                f"`fn` takes a gradient of what does not require one here ({str(error).rstrip('.')}): steps are also taken where nothing is "
+                "recorded. Use torch.func.grad in it, and not torch.autograd.grad."
+            ) from error
 
     def step(state: InnerState, hparams: Tree, batch: Tree) -> InnerState:
-        params = fn(state.params, hparams, batch)
+        params = following(state.params, hparams, batch)
         _checks.same_structure("fn", params, "params", state.params)
         return state._replace(params=params)
 
     def residual(params: Tree, hparams: Tree, batch: Tree) -> Tree:
-        following = fn(params, hparams, batch)
-        _checks.same_structure("fn", following, "params", params)
-        return tree.sub(params, following)
+        after = following(params, hparams, batch)
+        _checks.same_structure("fn", after, "params", params)
+        return tree.sub(params, after)
 
     return InnerSolver(lambda params, hparams: InnerState(params, ()), step, residual)
 

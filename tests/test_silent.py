@@ -202,3 +202,30 @@ def test_a_hessian_of_a_solve_in_float32() -> None:
         return F.softplus(metacal.solve(solver, torch.tensor(2.0, dtype=h.dtype), h, [None] * 4))
 
     close(torch.func.hessian(value)(torch.tensor(0.7)), torch.func.hessian(value)(f64(0.7)), 1e-3)
+
+
+# Messages for what torch would say in its own words
+
+
+def test_messages() -> None:
+    solver, w, h = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), optim.sgd(0.1)), torch.zeros(2), torch.ones(2)
+    with pytest.raises(TypeError, match=r"got the module Linear.*dict\(module.named_parameters\(\)\)"):
+        metacal.solve(solver, w, nn.Linear(2, 1), [None])
+    with pytest.raises(TypeError, match=r"`batches` .*looks like one batch.*\[batch\]"):
+        metacal.solve(solver, w, h, (torch.zeros(4, 2), torch.zeros(4)))
+    with pytest.raises(RuntimeError, match="`fn` .*Use torch.func.grad in it, and not torch.autograd.grad"):
+        differentiated(metacal.fixed_point(descending))
+    with pytest.raises(RuntimeError, match=r"no second derivative.*_embedding_bag_backward.*FiniteDifference"):
+        differentiated(metacal.descent(bag, optim.sgd(0.1)))
+
+
+def descending(w: Tensor, h: Tensor, b: Any) -> Tensor:
+    return w - 0.1 * torch.autograd.grad(((w - h) ** 2).sum(), w, create_graph=True)[0]
+
+
+def bag(w: Tensor, h: Tensor, b: Any) -> Tensor:
+    return h.mean() * F.embedding_bag(torch.tensor([[0, 1], [1, 0]]), w).square().sum()
+
+
+def differentiated(solver: metacal.InnerSolver) -> None:
+    metacal.solve(solver, torch.ones(2, 2), torch.ones(2, 2).requires_grad_(), [None] * 2).sum().backward()
