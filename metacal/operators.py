@@ -42,6 +42,7 @@ class _Seen:
     is_twice_differentiable: bool = False
     leaves_arguments_alone: bool = False
     has_constant_settings: bool = False
+    draws_nothing: bool = False
 
 
 @dataclass(frozen=True)
@@ -297,14 +298,18 @@ def _reverse_over_reverse(
 def _gradient(loss: Loss, w: Tree, h: Tree, piece: Tree, carry: Tree) -> tuple[Tree, Tree]:
     """``grad_w L`` of one piece, and the carry."""
     compiling = torch.compiler.is_compiling()
+    look = not (compiling or loss.seen.leaves_arguments_alone)  # once: what objectives do, and below the graph
+    before = _random.noise(w) if look else None
     with (
         _Stops() if transforming() and not compiling else nullcontext(),
-        nullcontext() if loss.seen.leaves_arguments_alone or compiling else _checks.left_alone(params=w, hparams=h, batch=piece),
+        _checks.left_alone(params=w, hparams=h, batch=piece) if look else nullcontext(),
+        # On CUDA fused attention drops out other entries than the kernels of the step that is taken again.
+        nullcontext() if loss.seen.draws_nothing else differentiable_attention(),
     ):
         _, moved, (g,) = value_and_grad(lambda w: loss.fn(w, h, piece, carry), w, constants=h)
-    # Looked at once: what objectives do, and, where somebody differentiates it, the graph.
-    if not compiling:
+    if before is not None:
         loss.seen.leaves_arguments_alone = True
+        loss.seen.draws_nothing = _random.same_or(before, _random.noise(w)) is before
     if not transforming() and not loss.seen.is_twice_differentiable and any(leaf.requires_grad for leaf in tree.leaves(g)):
         _refuse_once_differentiable(g)
         loss.seen.is_twice_differentiable = True

@@ -263,12 +263,41 @@ def test_attention_is_fused_where_nobody_differentiates_its_gradient() -> None:
     def estimate(adjoint: Any) -> Callable[[], Any]:
         return lambda: metacal.hypergradient(lambda w, h, b: w.sum(), solver, adjoint)(solver.init(w, h), h, [QKV] * 2, None)
 
-    assert seen(lambda: metacal.run(solver, solver.init(w, h), h, [QKV] * 2)) == [True, True]
+    assert seen(lambda: metacal.run(solver, solver.init(w, h), h, [QKV] * 3)) == [False, True, True]  # the first shows if it draws
     assert seen(estimate(adjoints.Unrolled("graph"))) == [False, False]
     assert seen(estimate(adjoints.Unrolled())) == [True, True, False, False]
     assert seen(estimate(adjoints.Unrolled("reverse"))) == [False, False]  # the last segment is recorded at once
     assert seen(estimate(adjoints.Implicit(linear.Identity())))[:2] == [True, True]
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_attention_of_what_draws_noise_is_never_fused() -> None:
+    """Fused kernels may drop out other entries: not even where an objective begins to draw after it was looked at."""
+    fused: list[bool] = []
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).double()
+    f, x = metacal.functional(net), torch.ones(3, 2, dtype=F64)
+
+    def inner(w: Any, h: Tensor, b: Tensor) -> Tensor:
+        fused.append(torch.backends.cuda.flash_sdp_enabled())
+        return (h * f.apply(w, b) ** 2).sum()
+
+    def estimate() -> metacal.HyperGradient:
+        torch.manual_seed(0)
+        fused.clear()
+        estimate = metacal.hypergradient(lambda w, h, b: w["0.weight"].sum(), solver, adjoints.Unrolled())
+        return estimate(solver.init(f.params, h), h, [x] * 3, None)
+
+    solver, h = metacal.descent(inner, optim.sgd(0.1)), torch.ones(2, dtype=F64)
+    truth = estimate()
+    assert not any(fused)
+    solver = metacal.descent(inner, optim.sgd(0.1))
+    net.eval()
+    estimate()
+    assert fused[:3] == [False, True, True]
+    net.train()
+    close(estimate()[:3], truth[:3], 1e-14)
+    assert fused[:3] == [True] * 3  # the run that is thrown away
+    assert not any(fused[3:])
 
 
 @pytest.mark.parametrize("name", ATTENTION)

@@ -221,6 +221,14 @@ class Unrolled(Adjoint):
             else:
                 state = advance(solver, state, hparams, batches, begin, end, bad)
 
+        if parts := solver.taken_apart:
+            seen = parts.objective.seen
+            if seen.draws_nothing and _random.same_or(beginning.noise, _random.noise(state.params)) is not beginning.noise:
+                # It did not when it was looked at (a module was in another mode), and attention was fused for that.
+                seen.draws_nothing = False
+                _random.restore(beginning.noise)
+                return self._sweep(solver, beginning.state, hparams, batches, first, bad)
+
         stats = {"first_bad_step": bad.step()}
 
         def pullback(ct: Tree) -> Cotangents:
