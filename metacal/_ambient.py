@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available as has_autocast
 
 from metacal import tree
 from metacal._typing import Tree
@@ -31,7 +32,7 @@ class Ambient(NamedTuple):
 def present(*trees: Tree) -> Ambient:
     """What holds now; of devices, on the host and where the trees live."""
     kinds = {"cpu"} | {leaf.device.type for leaf in tree.leaves(trees) if isinstance(leaf, Tensor)}
-    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)}
+    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if has_autocast(kind)}
     return Ambient(autocast, _modes())
 
 

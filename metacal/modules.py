@@ -41,12 +41,14 @@ class Functional(NamedTuple):
 def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "carry") -> Functional:
     """Turns a module into a pure function; the module itself is left untouched until ``write``.
 
-    Whether the module is in training or evaluation mode is read at every call. Frozen parameters (``requires_grad=False``) are
+    Whether the module is in training or evaluation mode is read at every call; steps that a backward pass takes again see it as it was
+    in the run. Frozen parameters (``requires_grad=False``) are
     constants. ``batch_norm="batch"`` normalises by the statistics of the batch only, with no running ones: nothing to carry, and
     safe under ``torch.func.vmap``.
 
     Errors:
-        RuntimeError: the module checkpoints activations internally; the message names the remedy.
+        ValueError: an embedding of the module has gradients of sparse layout, or renormalises its weight in place.
+        RuntimeError: the module checkpoints activations internally, or changes its own parameters in forward.
 
     >>> import torch, metacal
     >>> net = torch.nn.Linear(3, 1)
@@ -58,30 +60,31 @@ def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "ca
         raise TypeError(f"`module` should be an nn.Module, got {type(module).__name__}.")
     if batch_norm not in ("carry", "batch"):
         raise ValueError(f"`batch_norm` should be 'carry' or 'batch', got {batch_norm!r}.")
+    _refuse_embeddings(module)
     _ambient.watch(module)
     called = module
     if batch_norm == "batch":
         called = torch.func.replace_all_batch_norm_modules_(copy.deepcopy(module))
+    # Each part has a mode of its own (a Dropout left in eval mode): module.train(mode) would overwrite them.
+    twins = [] if called is module else list(zip(module.modules(), called.modules(), strict=True))
     trainable = {name: p.detach().clone() for name, p in called.named_parameters() if p.requires_grad}
     frozen = {name: p.detach() for name, p in called.named_parameters() if not p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in called.named_buffers()}
     places = _places(called)
 
-    def call(params: dict[str, Tensor], state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if params.keys() != trainable.keys():
-            _refuse_names(params, trainable)
-        values = {**frozen, **params, **state}
-        placed = {place: values[name] for place, name in places.items() if name in values}
-        with _no_checkpointing(), _twice_differentiable_weight_norm():
-            return torch.func.functional_call(called, placed, args, kwargs, tie_weights=False)
-
     def apply(params: dict[str, Tensor], *args: Any, carry: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        # functional_call writes BatchNorm's running statistics into the tensors it is given: hand it copies.
+        _check_names("params", params, trainable)
+        if carry is not None:
+            _check_names("carry", carry, buffers)
+        for own, twin in twins:
+            twin.training = own.training
+        # What changes in place (BatchNorm's running statistics) changes the tensors that functional_call is given: hand it copies.
         state = {name: b.clone() for name, b in (buffers if carry is None else carry).items()}
-        if called is not module:
-            called.train(module.training)
-        output = call(params, state, args, kwargs)
-        return output if carry is None else (output, state)
+        values = {**frozen, **params, **state}
+        placed = {place: values[name] for place, name in places.items()}
+        with _no_checkpointing(), _twice_differentiable_weight_norm(), _no_moving_parameters(params, frozen, placed):
+            output = torch.func.functional_call(called, placed, args, kwargs, tie_weights=False)
+        return output if carry is None else (output, _left(placed, places, state))
 
     def write(params: dict[str, Tensor], carry: dict[str, Tensor] | None = None) -> None:
         own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -99,12 +102,43 @@ def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "ca
     return Functional(apply, trainable, buffers, write)
 
 
-def _refuse_names(params: dict[str, Tensor], trainable: dict[str, Tensor]) -> None:
-    missing, unknown = (sorted(a - b) for a, b in ((trainable.keys(), params.keys()), (params.keys(), trainable.keys())))
-    found = [f"'{missing[0]}' is missing"] * bool(missing) + [f"'{unknown[0]}' is none of them"] * bool(unknown)
-    raise ValueError(
-        f"`params` should hold the module's trainable parameters by name, as metacal.functional(module).params does: {' and '.join(found)}."
-    )
+def _check_names(argument: Literal["params", "carry"], given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    if isinstance(given, dict) and given.keys() == expected.keys():
+        return
+    like = {"params": "params", "carry": "buffers"}[argument]
+    wanted = f"`{argument}` should be a dict by name, as metacal.functional(module).{like} is"
+    if not isinstance(given, dict):
+        raise TypeError(f"{wanted}, got {type(given).__name__}.")
+    missing, unknown = (sorted(a - b) for a, b in ((expected.keys(), given.keys()), (given.keys(), expected.keys())))
+    found = [f"'{name}' is missing" for name in missing[:1]] + [f"'{name}' is none of them" for name in unknown[:1]]
+    raise ValueError(f"{wanted}: {' and '.join(found)}.")
+
+
+def _refuse_embeddings(module: nn.Module) -> None:
+    for name, m in module.named_modules():
+        if not isinstance(m, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        where = f"`module` at '{name}'" if name else "`module`"
+        if m.max_norm is not None:
+            raise ValueError(
+                f"{where} is an {type(m).__name__} with max_norm={m.max_norm}, which changes its weight in place at every call. Set "
+                "max_norm=None, and write it out in forward: rows * max_norm / rows.norm(dim=-1, keepdim=True).clamp(min=max_norm)."
+            )
+        if m.sparse and m.weight.requires_grad:
+            raise ValueError(
+                f"{where} is an {type(m).__name__} with sparse=True; gradients of sparse layout are not supported. Set sparse=False."
+            )
+
+
+def _left(placed: dict[str, Tensor], places: dict[str, str], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers as forward left them: functional_call puts those that were assigned anew into ``placed``."""
+    for place, name in places.items():
+        if place != name and name in state and placed[place] is not placed[name]:
+            raise RuntimeError(
+                f"`module` has one buffer in two places, '{name}' and '{place}', and its forward assigned another to one of them. Assign "
+                "it to both, change it in place, or register two buffers."
+            )
+    return {name: placed[name] for name in state}
 
 
 def _places(module: nn.Module) -> dict[str, str]:
@@ -124,8 +158,40 @@ def _places(module: nn.Module) -> dict[str, str]:
     }
 
 
+@contextmanager
+def _no_moving_parameters(params: dict[str, Tensor], frozen: dict[str, Tensor], placed: dict[str, Tensor]) -> Iterator[None]:
+    # The user's own tensors would change, and a step taken again from what was saved would not be the step that was taken.
+    if torch.compiler.is_compiling():
+        yield
+        return
+    constant = {**params, **frozen}
+    versions = _versions(constant)
+    storages = {name: x.untyped_storage() for name, x in frozen.items() if torch._C._has_storage(x)}
+    yield
+    moved = [name for name, was, now in zip(constant, versions, _versions(constant), strict=False) if was != now]
+    moved += [name for name, was in storages.items() if frozen[name].untyped_storage() is not was]  # x.data = y: the same version
+    moved += [name for name, x in constant.items() if placed[name] is not x]
+    if moved:
+        raise RuntimeError(
+            f"`module` changed its parameter '{moved[0]}' in forward, and parameters are constant during a call. Register what moves along "
+            "(a teacher) as a buffer and carry it: apply(params, x, carry=buffers). Write a constraint as a function of the parameter."
+        )
+
+
+def _versions(tensors: dict[str, Tensor]) -> list[int]:
+    try:
+        return [x._version for x in tensors.values()]
+    except RuntimeError:  # inference tensors count none
+        return []
+
+
 # The parametrisation looks it up in torch; nn.utils.weight_norm has a name of its own for it.
 _WEIGHT_NORMS: tuple[Any, ...] = (torch, importlib.import_module("torch.nn.utils.weight_norm"))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # dim=-1 is the norm of the whole, whose forward derivative torch gives another shape.
+    return v * (g / (v.norm() if dim == -1 else torch.norm_except_dim(v, 2, dim)))
 
 
 @contextmanager
@@ -136,7 +202,7 @@ def _twice_differentiable_weight_norm() -> Iterator[None]:
         return
     own = torch._weight_norm
     for place in _WEIGHT_NORMS:
-        place._weight_norm = lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim))
+        place._weight_norm = _weight_norm
     try:
         yield
     finally:
