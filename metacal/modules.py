@@ -42,9 +42,8 @@ def functional(module: nn.Module, *, batch_norm: Literal["carry", "batch"] = "ca
     """Turns a module into a pure function; the module itself is left untouched until ``write``.
 
     Whether the module is in training or evaluation mode is read at every call; steps that a backward pass takes again see it as it was
-    in the run. Frozen parameters (``requires_grad=False``) are
-    constants. ``batch_norm="batch"`` normalises by the statistics of the batch only, with no running ones: nothing to carry, and
-    safe under ``torch.func.vmap``.
+    in the run. Frozen parameters (``requires_grad=False``) are constants. ``batch_norm="batch"`` normalises by the statistics of the
+    batch only, with no running ones: nothing to carry, and safe under ``torch.func.vmap``.
 
     Errors:
         ValueError: an embedding of the module has gradients of sparse layout, or renormalises its weight in place.

@@ -138,7 +138,7 @@ def test_a_projected_step_has_the_equation_of_its_own(operator: linear.Operator)
 STEPWISE = [Unrolled(), Unrolled(window=1), adjoints.Forward(), adjoints.ForwardSketch(2), adjoints.ZerothOrder(2)]
 
 
-@pytest.mark.parametrize("adjoint", STEPWISE, ids=repr)
+@pytest.mark.parametrize("adjoint", STEPWISE, ids=lambda adjoint: type(adjoint).__name__)
 def test_where_there_are_no_steps_none_are_derived(adjoint: metacal.Adjoint) -> None:
     solver, h = metacal.stationary(ridge), f64(0.3)
     with pytest.raises(ValueError, match=r"metacal.stationary.*would be zero.*Implicit"):
@@ -181,7 +181,7 @@ def test_the_strength_of_a_proximal_problem_is_learned_through_the_hparams(adjoi
 # A number over a 0-dim float32 tensor, whose tangent torch makes float64
 
 
-@pytest.mark.parametrize("adjoint", [adjoints.Forward(), adjoints.ForwardSketch(1), Unrolled(), Implicit(linear.CG(1))], ids=repr)
+@pytest.mark.parametrize("adjoint", [adjoints.Forward(), adjoints.ForwardSketch(1), Unrolled(), Implicit(linear.CG(1))], ids=lambda adjoint: type(adjoint).__name__)
 @pytest.mark.parametrize("optimizer", [optim.sgd(0.05), optim.adam(0.05)], ids=["sgd", "adam"])
 def test_zero_dimensional_params_in_float32(optimizer: Any, adjoint: metacal.Adjoint) -> None:
     def estimate(dtype: torch.dtype, adjoint: metacal.Adjoint) -> Tensor:
