@@ -181,7 +181,10 @@ def test_the_strength_of_a_proximal_problem_is_learned_through_the_hparams(adjoi
 # A number over a 0-dim float32 tensor, whose tangent torch makes float64
 
 
-@pytest.mark.parametrize("adjoint", [adjoints.Forward(), adjoints.ForwardSketch(1), Unrolled(), Implicit(linear.CG(1))], ids=lambda adjoint: type(adjoint).__name__)
+IN_FLOAT32 = [adjoints.Forward(), adjoints.ForwardSketch(1), Unrolled(), Implicit(linear.CG(1))]
+
+
+@pytest.mark.parametrize("adjoint", IN_FLOAT32, ids=lambda adjoint: type(adjoint).__name__)
 @pytest.mark.parametrize("optimizer", [optim.sgd(0.05), optim.adam(0.05)], ids=["sgd", "adam"])
 def test_zero_dimensional_params_in_float32(optimizer: Any, adjoint: metacal.Adjoint) -> None:
     def estimate(dtype: torch.dtype, adjoint: metacal.Adjoint) -> Tensor:
@@ -213,7 +216,7 @@ def test_messages() -> None:
         metacal.solve(solver, w, nn.Linear(2, 1), [None])
     with pytest.raises(TypeError, match=r"`batches` .*looks like one batch.*\[batch\]"):
         metacal.solve(solver, w, h, (torch.zeros(4, 2), torch.zeros(4)))
-    with pytest.raises(RuntimeError, match="`fn` .*Use torch.func.grad in it, and not torch.autograd.grad"):
+    with pytest.raises(RuntimeError, match=r"`fn` .*Use torch.func.grad in it, and not torch.autograd.grad"):
         differentiated(metacal.fixed_point(descending))
     with pytest.raises(RuntimeError, match=r"no second derivative.*_embedding_bag_backward.*FiniteDifference"):
         differentiated(metacal.descent(bag, optim.sgd(0.1)))
