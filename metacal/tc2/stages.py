@@ -102,7 +102,7 @@ def paper(
         calibrator_stage, encoder_stage: the inner runs (a1, J1) and (a2, J2).
         pairing: whose query losses judge theta'_k: a name or a row-stochastic [K, K] matrix.
         warmup: iterations at the start without calibration [O].
-        tasks: run stage 2's tasks in a loop or under vmap; measure which is faster.
+        tasks: run the tasks of both stages in a loop or under vmap, which dispatches fewer and larger operations; measure which is faster.
 
     Cost, in N images (one view of the batch) that pass forward through the encoder, with m views and a graph or first-order adjoint:
     m for V (none without a calibrator), J2 m / 2 for the inner runs, and m / 2 times the number of tasks that judge each; replay
@@ -118,6 +118,7 @@ def paper(
     _check_factors(problem, calibration)
     judges, weights = judged(pairing_matrix(pairing, problem.num_tasks))
     without = replace(problem, calibrator=Identity())
+    over_tasks = per_task if tasks == "loop" else lambda fn, stacked: torch.func.vmap(fn)(stacked)
 
     def init() -> MethodState:
         return initial(problem, optimizer, calibrator_optimizer)
@@ -151,7 +152,7 @@ def paper(
 
         def objective(phi: Tree, Z: Tensor, views: Views) -> Tensor:
             V = problem.calibrator.factors(phi, Z)
-            ssl = per_task(lambda task: now.loss_of(state.theta, phi, V, task), views).mean()
+            ssl = over_tasks(lambda task: now.loss_of(state.theta, phi, V, task), views).mean()
             return ssl + calibration(Z, V, problem.calibrator.weights(phi, Z, V))[0]
 
         def inner(phi: Tree, _: Tree, batch: _Calibration) -> Tensor:
