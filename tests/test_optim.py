@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, jvp
+from torch.func import grad, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metacal import optim, tree
@@ -136,6 +136,7 @@ class Row:
 
 
 ADAM = {"lr": 0.07, "betas[0]": 0.8, "betas[1]": 0.95, "eps": 0.02, "weight_decay": 0.05}
+AMSGRAD = {**ADAM, "betas[1]": 0.8}  # short enough that v falls, from the fourth step on
 RMSPROP = {"lr": 0.04, "alpha": 0.9, "eps": 0.03, "weight_decay": 0.05}
 RPROP = {"lr": 0.3, "etas[0]": 0.4, "etas[1]": 1.4, "step_sizes[0]": 0.08, "step_sizes[1]": 0.32}
 RADAM = {**ADAM, "betas[1]": 0.9}  # rectified from its sixth step on
@@ -159,6 +160,8 @@ ROWS = {
     "asgd": Row(optim.asgd, torch.optim.ASGD, {"lr": 0.1, "lambd": 0.3, "alpha": 0.75, "weight_decay": 0.05}, {"t0": 2.0}),
     "adam": Row(optim.adam, torch.optim.Adam, ADAM),
     "adamw": Row(optim.adamw, torch.optim.AdamW, ADAM),
+    "amsgrad": Row(optim.adam, torch.optim.Adam, AMSGRAD, {"amsgrad": True}),
+    "amsgrad, decoupled": Row(optim.adamw, torch.optim.AdamW, AMSGRAD, {"amsgrad": True}),
     "adamax": Row(optim.adamax, torch.optim.Adamax, ADAM),
     "nadam": Row(optim.nadam, torch.optim.NAdam, NADAM),
     "nadam, decoupled": Row(optim.nadam, torch.optim.NAdam, NADAM, DECOUPLED),
@@ -202,6 +205,8 @@ DEFAULTS = {
         name: (getattr(optim, name.lower())(), getattr(torch.optim, name))
         for name in ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop", "Adafactor")
     },
+    "amsgrad": (optim.adam(amsgrad=True), lambda p: torch.optim.Adam(p, amsgrad=True)),
+    "amsgrad, decoupled": (optim.adamw(amsgrad=True), lambda p: torch.optim.AdamW(p, amsgrad=True)),
     "lars": (optim.lars(lr=0.1), lambda p: LARS(p, lr=0.1)),
     "lamb": (optim.lamb(), LAMB),
     "lion": (optim.lion(), Lion),
@@ -412,6 +417,50 @@ def test_an_empty_tree_and_a_single_tensor() -> None:
         assert optimizer.update(one, optimizer.init(one), params=one)[0].shape == ()
 
 
+@pytest.mark.parametrize("name", ["amsgrad", "amsgrad, decoupled"])
+def test_amsgrad_keeps_the_largest_square(name: str) -> None:
+    """Of a run in which they first rise and then fall; without the flag not a number more is kept than the two means."""
+    row = ROWS[name]
+    optimizer, params = row.build(), PARAMS
+    state, squares, falls = optimizer.init(params), [], []
+    for _ in range(STEPS):
+        updates, state = optimizer.update(grad(loss)(params), state, params=params)
+        params = optim.apply_updates(params, updates)
+        squares.append(state.square)
+        falls.append(tree.ravel(state.square)[0] < tree.ravel(state.largest)[0])
+        assert close(state.largest, tree.map(lambda *v: torch.stack(v).amax(0), *squares), 0)
+    assert not torch.stack(falls[:3]).any()
+    assert falls[-1].all()
+    off = row.ours(**{**row.arguments(row.hyper), "amsgrad": False})
+    assert not close(row.run(), ours(off), 1e-3)
+    assert tree.num_elements(state) == 1 + 3 * tree.num_elements(PARAMS)
+    assert tree.num_elements(off.init(PARAMS)) == 1 + 2 * tree.num_elements(PARAMS)
+
+
+@every_row
+def test_a_run_goes_on_from_a_saved_state(row: Row) -> None:
+    """Through a flat dict of tensors, to the last bit."""
+    optimizer, params = row.build(), row.params
+    state = optimizer.init(params)
+    for step in range(4):
+        if step == 2:
+            saved = tree.clone((tree.state_dict(state), params))
+        updates, state = optimizer.update(grad(row.objective)(params), state, params=params)
+        params = optim.apply_updates(params, updates)
+    again, resumed = saved[1], tree.load_state_dict(optimizer.init(row.params), saved[0])
+    for _ in range(2):
+        updates, resumed = optimizer.update(grad(row.objective)(again), resumed, params=again)
+        again = optim.apply_updates(again, updates)
+    assert close((again, resumed), (params, state), 0)
+
+
+def test_complex_params_are_refused_by_every_rule() -> None:
+    for row in ROWS.values():
+        with pytest.raises(TypeError, match=r"`params` should be real, as all rules.*got torch.complex64 at 'z'.*view_as_real") as error:
+            row.build().init({**row.params, "z": torch.ones(1, 1, dtype=torch.complex64)})
+        assert "square" not in str(error.value)  # as sgd does not
+
+
 def test_muon_is_torchs_up_to_its_rounding() -> None:
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch.optim.Muon came with torch 2.9")
@@ -539,9 +588,62 @@ def test_derivative_by_the_initial_params(row: Row) -> None:
     assert abs(float(tree.vdot(gradient, tree.map(torch.cos, row.params))) - difference(independent)) <= 1e-8
 
 
+@every_row
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tangents_have_the_type_of_their_params(row: Row, dtype: torch.dtype) -> None:
+    """And are those of float64, rounded. torch's tangent of `number * x` is float64 for a 0-dim x, and so may a gradient's be."""
+    like = tree.map(lambda p: p.flatten()[0].reshape((1,) * p.ndim if row.params is MATRICES else ()), row.params)
+    constant = {k: v for k, v in row.hyper.items() if k != "lr"}  # numbers, but for the rate
+
+    def of_scalars(params: dict[str, Tensor]) -> Tensor:
+        w, b = (p.sum() for p in params.values())
+        return 1.0 / (2.0 + 0.3 * w * b) + torch.cosh(0.7 * w - 0.4 * b) - 0.2 * torch.cos(2.1 * b)
+
+    def end(start: Any, lr: Tensor) -> Any:
+        optimizer, params = optim.chain(optim.clip_by_global_norm(0.5), row.build({"lr": lr, **constant})), start
+        state = optimizer.init(params)
+        for _ in range(2):
+            updates, state = optimizer.update(grad(of_scalars)(params), state, params=params)
+            params = optim.apply_updates(params, updates)
+        return params, tree.partition(state)[0]
+
+    def along(dtype: torch.dtype) -> Any:
+        primals = tree.to((like, torch.tensor(row.hyper["lr"])), dtype)
+        directions = tree.map(lambda x: torch.stack([torch.cos(x), torch.sin(x)]), primals)
+        return end(*primals), vmap(lambda d: jvp(end, primals, d)[1])(directions), jvp(end, primals, tree.index(directions, 0))[1]
+
+    (values, lanes, tangents), (_, exact, _) = along(dtype), along(F64)
+    assert {value.dtype for value in tree.leaves(values[0])} == {dtype}
+    for value, lane, tangent, expected in zip(*map(tree.leaves, (values, lanes, tangents, exact)), strict=True):
+        assert value.dtype == lane.dtype == tangent.dtype
+        assert tangent.isfinite().all()
+        assert dtype == torch.bfloat16 or close(lane.to(F64), expected, 1e-3)
+        assert dtype == torch.bfloat16 or close(tangent.to(F64), expected[0], 1e-3)
+
+
+@every_row
+def test_an_empty_leaf_takes_nothing_away(row: Row) -> None:
+    """The derivatives by the numbers, of first and second order, are those of the other leaves' run on their own."""
+    empty = torch.zeros((0, 2) if row.params is MATRICES else (0,), dtype=F64)
+    more = {"z": empty, **({"y": empty.mT} if row.params is MATRICES and row.ours is not optim.muon else {})}  # muon needs columns
+
+    def unrolled(hyper: dict[str, Tensor], params: Any) -> Tensor:
+        end = row.run(hyper, params, objective=lambda p: row.objective({"w": p["w"], "b": p["b"]}), steps=2)
+        return outer(end) + sum(end[name].sum() for name in more if name in end)
+
+    hyper = row.tensors()
+    direction = tree.scale(0.1, hyper)
+    for derivative in (lambda p: grad(unrolled)(hyper, p), lambda p: jvp(lambda h: grad(unrolled)(h, p), (hyper,), (direction,))[1]):
+        assert close(derivative({**row.params, **more}), derivative(row.params), 1e-13)
+    params = {**row.params, **more}
+    _, state = row.build().update(params, row.build().init(params), params=params)
+    assert all(x.isfinite().all() for x in tree.leaves(state))
+
+
 ADAPTIVE = {
     "adam": lambda lr, eps: optim.adam(lr, eps=eps),
     "adamw": lambda lr, eps: optim.adamw(lr, eps=eps),
+    "amsgrad": lambda lr, eps: optim.adam(lr, eps=eps, amsgrad=True),
     "adamax": lambda lr, eps: optim.adamax(lr, eps=eps),
     "nadam": lambda lr, eps: optim.nadam(lr, (0.0, 0.999), eps=eps),
     "rmsprop": lambda lr, eps: optim.rmsprop(lr, eps=eps),

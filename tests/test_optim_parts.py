@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import grad, jacfwd, jacrev, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 import metacal
 from metacal import optim, tree
@@ -408,7 +408,7 @@ def test_meta_training_a_learned_optimizer_lowers_the_final_loss() -> None:
 # Through the whole library
 
 
-@pytest.mark.parametrize("name", ["nadam", "lamb", "lion, smooth", "adafactor, matrices", "muon", "rprop", "adagrad"])
+@pytest.mark.parametrize("name", ["amsgrad", "nadam", "lamb", "lion, smooth", "adafactor, matrices", "muon", "rprop", "adagrad"])
 def test_hypergradients_by_all_numbers_and_all_modes(name: str) -> None:
     if name not in ROWS:
         pytest.skip("torch.optim.Muon came with torch 2.9")
@@ -427,6 +427,35 @@ def test_hypergradients_by_all_numbers_and_all_modes(name: str) -> None:
         assert close(hg.hparams, {k: torch.tensor(v, dtype=F64) for k, v in expected.items()}, 1e-8)
         assert abs(float(tree.vdot(hg.params, tree.map(torch.cos, row.params))) - by_start) < 1e-8
     assert close(results[0].hparams, results[1].hparams, 1e-12)
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_scalar_in_float32_under_forward_mode(clipped: bool) -> None:
+    """Learned are the clipping's bound and Adam's rate; torch's tangents of `number / x` and `number * x` are float64 there."""
+
+    def optimizer(h: Any) -> optim.GradientTransformation:
+        return optim.chain(optim.clip_by_global_norm(h), optim.sgd(0.1, momentum=0.9)) if clipped else optim.adam(h)
+
+    def end(h: float) -> float:
+        prepare = (lambda p: torch.nn.utils.clip_grad_norm_(p, h)) if clipped else None
+        build = (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)) if clipped else (lambda p: torch.optim.Adam(p, h))
+        start = {"w": torch.tensor(0.5, dtype=F64)}
+        return float(torchs(build, start, 4, lambda p: (1.0 / p["w"] - 1) ** 2, prepare)["w"] ** 2)
+
+    solver = metacal.descent(lambda w, h, batch: (1.0 / w - 1) ** 2, optimizer)
+    h, w, batches = torch.tensor(0.1), torch.tensor(0.5), metacal.repeat(None, 4)
+    solved = lambda h: metacal.solve(solver, w, h, batches) ** 2  # noqa: E731
+    found = [
+        metacal.hypergradient(lambda w, h, batch: w**2, solver, adjoint)(solver.init(w, h), h, batches, None).hparams
+        for adjoint in (metacal.adjoints.Forward(), metacal.adjoints.Forward(chunk_size=1))
+    ]
+    by_hand = lambda h: ours(optimizer(h), w, 4, lambda w: (1.0 / w - 1) ** 2) ** 2  # noqa: E731
+    found += [derivative(f)(h) for f in (solved, by_hand) for derivative in (jacfwd, lambda f: lambda h: jvp(f, (h,), (h / h,))[1])]
+    expected = difference(lambda e: end(0.1 + e))
+    assert abs(expected) > 0.1
+    for derivative in found:
+        assert derivative.dtype == torch.float32
+        assert abs(float(derivative) - expected) <= 1e-5 * abs(expected)
 
 
 # Laws over lanes and shapes

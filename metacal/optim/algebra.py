@@ -31,7 +31,8 @@ def mix(beta: Any, old: Tree, new: Tree) -> Tree:
 
 
 def _mix(beta: Any, old: Tensor, new: Tensor) -> Tensor:
-    if isinstance(beta, Tensor) or old.dtype != new.dtype:
+    # lerp wants one dtype, of tangents too, which differ where `new` came of a number times a 0-dim tensor.
+    if isinstance(beta, Tensor) or old.dtype != new.dtype or new.ndim == 0:
         return beta * old + (1 - beta) * new
     return torch.lerp(old, new, 1 - beta)  # one kernel
 

@@ -73,7 +73,7 @@ def adafactor(
             (eps1,) = (torch.finfo(g.dtype).eps,) if eps[0] is None else at(t, eps[0])
             v = means[0]
             if len(means) == 2:
-                v = v * means[1] / at_least(eps1, v.mean(-2, keepdim=True))
+                v = v * means[1] / at_least(eps1, _mean(v, -2))
             r = g / at_least(eps1 * eps1, v).sqrt()
             alpha = at_least(eps2, _rms(w)) * at_most(eta, n**-0.5)
             return -alpha * r / at_least(1.0, _rms(r) / threshold)
@@ -86,8 +86,13 @@ def adafactor(
 
 def _means(square: Tensor) -> tuple[Tensor, ...]:
     """Of a tensor [..., R, C] its means [..., R, 1] and [..., 1, C]; a vector or a scalar as it is."""
-    return (square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)) if square.ndim > 1 else (square,)
+    return (_mean(square, -1), _mean(square, -2)) if square.ndim > 1 else (square,)
 
 
 def _rms(x: Tensor) -> Tensor:
-    return root((x * x).mean())
+    return root(_mean(x * x))
+
+
+def _mean(x: Tensor, axis: int | None = None) -> Tensor:
+    """The mean, over an axis that is kept or over all. That of no numbers is 0, for a NaN would reach the derivatives of the others."""
+    return (x.mean if x.numel() else x.sum)(axis, keepdim=axis is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from metacal import tree
 from metacal._safe import root
 from metacal._typing import Tree
-from metacal.optim.algebra import mix, one_minus_power, plus_decay
+from metacal.optim.algebra import at_least, mix, one_minus_power, plus_decay
 from metacal.optim.transformation import (
     DifferentiableTransformation,
     Hyperparameter,
@@ -27,6 +28,7 @@ class AdamState(NamedTuple):
     step: Tensor
     mean: Tree
     square: Tree
+    largest: Tree = ()
 
 
 def adam(
@@ -34,14 +36,16 @@ def adam(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
     eps: Hyperparameter = 1e-8,
     weight_decay: Hyperparameter = 0.0,
+    amsgrad: bool = False,
 ) -> DifferentiableTransformation:
     """Adam: ``u = -lr m^ / (sqrt(v^) + eps)``, the decaying means of g and g^2 corrected for their start at zero.
 
     ``m' = beta1 m + (1 - beta1) g``, ``m^ = m' / (1 - beta1^(t+1))``, and v with ``beta2`` and ``g^2``; ``weight_decay w`` is
-    added to g first. Keeps two copies of the params. Kingma & Ba, 2015, algorithm 1.
+    added to g first. ``amsgrad`` puts the largest v' so far, ``n' = max(n, v')``, in the place of v'. Keeps two copies of the params,
+    with ``amsgrad`` three. Kingma & Ba, 2015, algorithm 1; Reddi et al., 2018 (arXiv 1904.09237), without its bias.
 
     The root's derivative at ``v = 0`` is taken as 0, which makes that of the whole update right: a coordinate whose gradient was
-    always 0 has ``du/dg = -lr / eps`` at its first step.
+    always 0 has ``du/dg = -lr / eps`` at its first step. The derivative of the max is that of the case taken, v' at a tie.
 
     >>> params = {"w": torch.tensor([1.0, 2.0])}
     >>> optimizer = adam(lr=0.1)
@@ -52,7 +56,7 @@ def adam(
     Errors:
         ValueError: a number is out of range, or a tensor has dimensions.
     """
-    return _adam(lr, betas, eps, weight_decay, decoupled=False)
+    return _adam(lr, betas, eps, weight_decay, amsgrad, decoupled=False)
 
 
 def adamw(
@@ -60,11 +64,12 @@ def adamw(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
     eps: Hyperparameter = 1e-8,
     weight_decay: Hyperparameter = 1e-2,
+    amsgrad: bool = False,
 ) -> DifferentiableTransformation:
     """Adam with decoupled weight decay: :func:`adam`'s update without decay, plus ``-lr weight_decay w``.
 
-    Its fixed points are not the zeros of the gradient unless ``weight_decay=0``: implicit differentiation refuses it otherwise.
-    Loshchilov & Hutter, 2019, algorithm 2.
+    Keeps two copies of the params, with ``amsgrad`` three. Its fixed points are not the zeros of the gradient unless
+    ``weight_decay=0``: implicit differentiation refuses it otherwise. Loshchilov & Hutter, 2019, algorithm 2.
 
     >>> optimizer = adamw(lr=0.1, weight_decay=0.1)
     >>> params = {"w": torch.tensor(2.0)}
@@ -75,7 +80,7 @@ def adamw(
     Errors:
         ValueError: a number is out of range, or a tensor has dimensions.
     """
-    return _adam(lr, betas, eps, weight_decay, decoupled=True)
+    return _adam(lr, betas, eps, weight_decay, amsgrad, decoupled=True)
 
 
 def _adam(
@@ -83,6 +88,7 @@ def _adam(
     betas: tuple[Hyperparameter, Hyperparameter],
     eps: Hyperparameter,
     weight_decay: Hyperparameter,
+    amsgrad: bool,
     decoupled: bool,
 ) -> DifferentiableTransformation:
     checked("lr", lr), checked_pair("betas", betas, high=1.0), checked("eps", eps), checked("weight_decay", weight_decay)
@@ -91,30 +97,32 @@ def _adam(
         eta, beta1, beta2, epsilon, decay = at(t, lr, *betas, eps, weight_decay)
         if not decoupled:
             g = plus_decay(g, decay, w)
-        direction, state = adam_direction(t, g, state, beta1, beta2, epsilon)
+        direction, state = adam_direction(t, g, state, beta1, beta2, epsilon, amsgrad)
         if decoupled:
             direction = plus_decay(direction, decay, w)
         return Multiple(-eta, direction), state
 
-    return transformation(zero_moments, rule)
+    return transformation(partial(zero_moments, amsgrad=amsgrad), rule)
 
 
-def zero_moments(params: Tree, step: Tensor) -> AdamState:
-    """Where the two means start."""
-    return AdamState(step, tree.zeros_like(params), tree.zeros_like(params))
+def zero_moments(params: Tree, step: Tensor, amsgrad: bool = False) -> AdamState:
+    """Where the two means start, and the largest second one."""
+    return AdamState(step, tree.zeros_like(params), tree.zeros_like(params), tree.zeros_like(params) if amsgrad else ())
 
 
-def moments(g: Tree, state: AdamState, beta1: Any, beta2: Any) -> AdamState:
+def moments(g: Tree, state: AdamState | NAdamState, beta1: Any, beta2: Any) -> tuple[Tree, Tree]:
     """The means of g and g^2, one step on."""
-    return AdamState(state.step + 1, mix(beta1, state.mean, g), mix(beta2, state.square, tree.map(torch.square, g)))
+    return mix(beta1, state.mean, g), mix(beta2, state.square, tree.map(torch.square, g))
 
 
-def adam_direction(t: Tensor, g: Tree, state: AdamState, beta1: Any, beta2: Any, eps: Any) -> tuple[Tree, AdamState]:
+def adam_direction(t: Tensor, g: Tree, state: AdamState, beta1: Any, beta2: Any, eps: Any, amsgrad: bool = False) -> tuple[Tree, AdamState]:
     """``m^ / (sqrt(v^) + eps)``, and the means."""
-    state = moments(g, state, beta1, beta2)
+    m, v = moments(g, state, beta1, beta2)
+    largest = tree.map(at_least, state.largest, v) if amsgrad else ()
     # m^ / (sqrt(v^) + eps) with both corrections drawn to the front, where they are numbers.
     c1, r2 = one_minus_power(beta1, t + 1), one_minus_power(beta2, t + 1).sqrt()
-    return tree.map(lambda m, v: (r2 / c1) * (m / (root(v) + r2 * eps)), state.mean, state.square), state
+    direction = tree.map(lambda m, v: (r2 / c1) * (m / (root(v) + r2 * eps)), m, largest if amsgrad else v)
+    return direction, AdamState(state.step + 1, m, v, largest)
 
 
 class AdamaxState(NamedTuple):
@@ -200,7 +208,7 @@ def nadam(
         eta, beta1, beta2, epsilon, decay, fade = at(t, lr, *betas, eps, weight_decay, momentum_decay)
         if not decoupled_weight_decay:
             g = plus_decay(g, decay, w)
-        _, m, v = moments(g, AdamState(*state[:3]), beta1, beta2)
+        m, v = moments(g, state, beta1, beta2)
         mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (k * fade)) for k in (t + 1, t + 2))
         product = state.mu_product * mu
         a, b = (1 - mu) / (1 - product), mu_next / (1 - product * mu_next)
@@ -245,17 +253,17 @@ def radam(
         eta, beta1, beta2, epsilon, decay = at(t, lr, *betas, eps, weight_decay)
         if not decoupled_weight_decay:
             g = plus_decay(g, decay, w)
-        state = moments(g, state, beta1, beta2)
+        m, v = moments(g, state, beta1, beta2)
         rectified, factor = _rectification(t + 1, beta2)
         c1 = one_minus_power(beta1, t + 1)
 
         def of(m: Tensor, v: Tensor) -> Tensor:
             return (m / c1) * torch.where(rectified, factor / (root(v) + epsilon), torch.ones_like(v))
 
-        direction = tree.map(of, state.mean, state.square)
+        direction = tree.map(of, m, v)
         if decoupled_weight_decay:
             direction = plus_decay(direction, decay, w)
-        return Multiple(-eta, direction), state
+        return Multiple(-eta, direction), AdamState(state.step + 1, m, v)
 
     return transformation(zero_moments, rule)
 

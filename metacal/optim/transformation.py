@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from metacal import tree
 from metacal._typing import Tree
@@ -87,21 +88,23 @@ def transformation(init: Callable[[Tree, Tensor], Any], rule: Rule) -> RuleTrans
 
     def init_fn(params: Tree) -> Any:
         leaves = tree.leaves(params)
-        if any(leaf.is_complex() for leaf in leaves):
-            raise TypeError(
-                "`params` should be real: the optimizers square gradients elementwise. Got a complex tensor; keep "
-                "torch.view_as_real(tensor) as the parameter and use torch.view_as_complex inside the objective."
-            )
+        for path, leaf in zip(tree.paths(params), leaves, strict=True):
+            if leaf.is_complex():
+                raise TypeError(
+                    f"`params` should be real, as all rules of metacal.optim are; got {leaf.dtype}{f' at {path!r}' if path else ''}. Keep "
+                    "torch.view_as_real(tensor) as the parameter and use torch.view_as_complex inside the objective."
+                )
         device = leaves[0].device if leaves else None
         return init(params, torch.zeros((), dtype=torch.int64, device=device))
 
     def update_fn(updates: Tree, state: Any, *, params: Tree | None = None, inplace: bool = True, added: bool = False) -> tuple[Tree, Any]:
+        if _in_forward_mode():
+            updates, params = tree.map(_with_its_tangent, (updates, params))
         found, new_state = rule(state.step.to(precision(updates)), updates, params, state)
         if isinstance(found, Multiple):
             found = tree.axpy(*found, params) if added else tree.scale(*found)
         elif added:
             found = tree.add(params, found)
-        # A 0-dim float64 hyperparameter promotes a 0-dim float32 parameter.
         after: tuple[Tree, Any] = tree.map(_in_precision_of, (params if added else updates, state), (found, new_state))
         return after
 
@@ -114,7 +117,19 @@ def precision(values: Tree) -> torch.dtype:
 
 
 def _in_precision_of(like: Tensor, value: Tensor) -> Tensor:
-    return value if value.dtype == like.dtype else value.to(like.dtype)
+    # Of 0-dim values alone: a 0-dim float64 hyperparameter promotes a 0-dim float32 parameter, a number its tangent.
+    value = value if value.dtype == like.dtype else value.to(like.dtype)
+    return _with_its_tangent(value) if value.ndim == 0 and _in_forward_mode() else value
+
+
+def _in_forward_mode() -> bool:
+    """Whether tangents are computed beside the values."""
+    return forward_ad._current_level >= 0
+
+
+def _with_its_tangent(x: Tensor) -> Tensor:
+    """A copy, with a tangent of the same dtype: torch.func's of ``number * y`` is float64 for a 0-dim y, and lerp and matmul want one."""
+    return x.to(x.dtype, copy=True)
 
 
 def at(t: Tensor, *hyperparameters: Hyperparameter) -> tuple[Any, ...]:
