@@ -103,7 +103,7 @@ def value_and_grad(
             return value, (value, aux_leaves)
 
         with differentiable_attention():
-            grads, (value, aux_leaves) = _seen_through(torch.func.grad(scalar, has_aux=True), flat)
+            grads, (value, aux_leaves) = seen_through(torch.func.grad(scalar, has_aux=True), flat)
         return value, tree.unflatten(structure, aux_leaves), tree.unflatten(treedef, grads)
     keep_graph = attached(flat, constants)
     with torch.enable_grad(), differentiable_attention() if keep_graph else nullcontext():
@@ -123,10 +123,17 @@ def value_and_grad(
     return *released((value, aux), keep_graph), tree.unflatten(treedef, grads)
 
 
-def _seen_through(transform: Callable[..., Any], *args: Any) -> Any:
+def seen_through(transform: Callable[..., Any], *args: Any) -> Any:
+    """``transform(*args)`` of torch.func, which says itself neither what it cannot look into nor what helps."""
     try:
         return transform(*args)
     except RuntimeError as error:
+        if "support saved tensor hooks" in str(error):
+            raise RuntimeError(
+                "The objective saves tensors by hooks (torch.utils.checkpoint), which a torch.func transform does not support (vmap, grad, "
+                "jvp ...; also Forward and compiled steps). Use an adjoint of plain autograd outside of any transform, such as Unrolled(), "
+                "or leave out the checkpoint."
+            ) from error
         if "it must override the setup_context" not in str(error):
             raise
         raise RuntimeError(
@@ -139,7 +146,8 @@ def _seen_through(transform: Callable[..., Any], *args: Any) -> Any:
 def _independent(name: str) -> str:
     return (
         f"`{name}` should depend on its first argument, the params: its derivative is zero everywhere. Use the params that are "
-        "passed in (with a module: metacal.functional(module).apply(params, x), not module(x)), and do not detach them."
+        "passed in (with a module: metacal.functional(module).apply(params, x), not module(x)), and do not detach them, as "
+        "torch.utils.checkpoint does unless use_reentrant=False."
     )
 
 
@@ -217,7 +225,7 @@ def func_vjp(fn: Callable[..., Tree], *primals: Tree) -> tuple[Tree, Callable[[T
         return tuple(out)
 
     with differentiable_attention():
-        outs, pull = _seen_through(torch.func.vjp, on_leaves, *flat)[:2]
+        outs, pull = seen_through(torch.func.vjp, on_leaves, *flat)[:2]
     return tree.unflatten(structure, outs), lambda cotangent: tree.unflatten(treedef, pull(tuple(tree.leaves(cotangent))))
 
 
@@ -234,7 +242,7 @@ def func_jvp(fn: Callable[..., Tree], primals: tuple[Tree, ...], tangents: tuple
         return tuple(out)
 
     with differentiable_attention():
-        out, tangent = _seen_through(torch.func.jvp, on_leaves, tuple(flat), tuple(tree.leaves(tangents)))
+        out, tangent = seen_through(torch.func.jvp, on_leaves, tuple(flat), tuple(tree.leaves(tangents)))
     return tree.unflatten(structure, in_dtype_of(out, tangent))
 
 

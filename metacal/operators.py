@@ -27,6 +27,7 @@ from metacal.derivatives import (
     in_dtype_of,
     pullbacks,
     released,
+    seen_through,
     transforming,
     value_and_grad,
     vjp,
@@ -272,7 +273,7 @@ def _forward_over_reverse(
             value, moved = loss.fn(w, h[0] if h else hparams, piece, combine(c))
             return _checks.scalar("objective", value), moved
 
-        gradient, moved = torch.func.grad(scalar, has_aux=True)(tree.leaves(variables(tree.unflatten(w_def, w))), c)
+        gradient, moved = seen_through(torch.func.grad(scalar, has_aux=True), tree.leaves(variables(tree.unflatten(w_def, w))), c)
         return gradient, tree.partition(moved)[0]
 
     still = [torch.zeros_like(c) for c in c_flat]

@@ -335,3 +335,10 @@ def test_a_linear_solvers_step_is_its_products(name: str, operator: str) -> None
     assert products - fewer == 2 * products_per_step
     per_product = (more - less) / (products - fewer) / flops(plain_step)
     assert 1 <= per_product <= (2.2 if operator == "Hessian" else 2.05)
+
+
+def test_work_of_a_matrix_times_a_vector() -> None:
+    """torch's registry leaves it out, and a linear model in a vector would have done no work."""
+    A, x, b = torch.ones(5, 3), torch.ones(3), torch.ones(5)
+    for product in (lambda: A @ x, lambda: torch.mv(A, x), lambda: torch.addmv(b, A, x, alpha=2.0), lambda: x @ A.T):
+        assert metacal.diagnostics.work(product) == 2 * 5 * 3

@@ -108,3 +108,15 @@ def test_a_second_backward_pass_asks_of_an_objective_what_the_first_does(inner: 
         return torch.autograd.grad(value(h, adjoints.Unrolled(), inner), h)[0]
 
     close(second, central_differences(slope, h.detach()), 1e-8)
+
+
+def test_a_checkpoint_under_a_transform_names_the_remedy() -> None:
+    h = torch.tensor(0.3, dtype=F64)
+    with pytest.raises(RuntimeError, match=r"torch.utils.checkpoint.*Unrolled\(\)"):
+        torch.func.grad(lambda h: value(h, adjoints.Unrolled(), checkpointed))(h)
+    with pytest.raises(RuntimeError, match=r"torch.utils.checkpoint.*Unrolled\(\)"):
+        torch.autograd.grad(value(h.requires_grad_(), adjoints.Forward(), checkpointed), h)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    solver = metacal.descent(lambda w, h, b: checkpoint(lambda w: w["w"].sum(), w, use_reentrant=True), optim.sgd(0.1))
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        metacal.solve(solver, {"w": W0}, torch.ones(()), [None])

@@ -21,7 +21,15 @@ def _convolution_backward(grad: Any, x: Any, w: Any, biases: Any, *settings: Any
     return once * (wanted[0] + wanted[1])
 
 
-_COUNTS = {**flop_registry, torch.ops.aten.convolution_backward: _convolution_backward}
+def _matrix_vector(*tensors: Any, out_val: Any = None, **factors: Any) -> int:
+    return 2 * int(tensors[-2].numel())
+
+
+_COUNTS = {
+    **flop_registry,
+    torch.ops.aten.convolution_backward: _convolution_backward,
+    **dict.fromkeys((torch.ops.aten.mv, torch.ops.aten.addmv), _matrix_vector),
+}
 
 
 class _Work(TorchDispatchMode):
@@ -38,7 +46,7 @@ class _Work(TorchDispatchMode):
 
 
 def work(fn: Callable[[], Any]) -> int:
-    """Floating-point operations of ``fn()`` that torch's flop registry knows: matrix products, convolutions, attention.
+    """Floating-point operations of ``fn()``: matrix products, convolutions and attention, by torch's flop registry for the most part.
 
     Eager code only: under a dispatch mode a compiled function runs as its eager original.
 
