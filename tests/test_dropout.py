@@ -111,9 +111,9 @@ def test_a_second_backward_pass_asks_of_an_objective_what_the_first_does(inner: 
 
 
 def test_a_checkpoint_under_a_transform_names_the_remedy() -> None:
-    h = torch.tensor(0.3, dtype=F64)
+    h, solver = torch.tensor(0.3, dtype=F64), metacal.descent(checkpointed, optim.sgd(0.1))
     with pytest.raises(RuntimeError, match=r"torch.utils.checkpoint.*Unrolled\(\)"):
-        torch.func.grad(lambda h: value(h, adjoints.Unrolled(), checkpointed))(h)
+        torch.func.grad(lambda h: metacal.run(solver, solver.init(W0, h), h, [None]).params.sum())(h)
     with pytest.raises(RuntimeError, match=r"torch.utils.checkpoint.*Unrolled\(\)"):
         torch.autograd.grad(value(h.requires_grad_(), adjoints.Forward(), checkpointed), h)
     checkpoint = torch.utils.checkpoint.checkpoint
