@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metacal import _lifeline
 
@@ -57,11 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     try:
         commands[command](parser, parsed)
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ArithmeticError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError) as error:
         print(f"metacal {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"metacal {command}: {str(stop) or 'stopped'}", file=sys.stderr)
+        again = "the same command" if command == "together" else "--resume"  # what Python's resume=True is called here
+        print(f"metacal {command}: {str(stop).replace('resume=True', again) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 
@@ -95,7 +96,9 @@ def _parser() -> Parser:
     evaluate.add_argument("run", type=str, help="folder of a run")
     evaluate.add_argument("--data", type=str, default=None, help="data sets, separated by commas; by default the run's own")
     evaluate.add_argument("--split", type=str, default="test", choices=["validation", "test"], help="validation to choose, test to report")
-    evaluate.add_argument("--labels", type=int | None, default=None, help="training images with labels, at most; by default the run's own")
+    evaluate.add_argument(
+        "--labels", type=int | None, default=None, help="training images with labels, at most, if not the run's own number"
+    )
     scores = "probe, knn, monitors, few_shot, fine_tune, logme, h_score, transrate, leep, nce, cka, or all"
     evaluate.add_argument("--scores", type=str, default="probe,knn,monitors", help=f"separated by commas, of {scores}")
     evaluate.add_argument("--against", type=str | None, default=None, help="folder of the run whose encoder CKA compares with")
@@ -163,10 +166,10 @@ def _evaluate(parser: Parser, parsed: Namespace) -> None:
     config = _run_config(folder)
     encoder, unfinished = _encoder(folder)
     against, theirs = _encoder(Path(given["against"])) if given["against"] else (None, None)
-    asked = given["scores"].split(",")
+    asked = _names(given["scores"])
     if asked == ["all"]:
         asked = [name for name in SCORES if name != "cka" or against is not None]
-    names = given["data"].split(",") if given["data"] else config.evaluate.data or (config.data.name,)
+    names = _names(given["data"]) if given["data"] else config.evaluate.data or (config.data.name,)
     labels = config.evaluate.labels if given["labels"] is None else given["labels"]
     if labels is not None and labels < 2:
         raise ValueError(f"`--labels` should be at least 2, of which one is held out to choose the probe's strength; got {labels}.")
@@ -174,9 +177,14 @@ def _evaluate(parser: Parser, parsed: Namespace) -> None:
     neighbours, source = config.evaluate.neighbours, config.data.name
     cases = {name: Case(encoder, name, split, labels, neighbours, source, against, root, download) for name in names}
     scores = {name: assess(case, asked) for name, case in cases.items()}
-    print("\n".join([text_table(score_table(scores)), *collapse_notes(scores), *filter(None, (unfinished, theirs))]))
-    if unfinished:
-        print("These scores are of that step: they are printed, and nothing is written into the run's folder.")
+    own = config.evaluate.labels
+    other = None
+    if labels != own:
+        other = f"These scores are of at most {labels} images with labels, those in the run's folder of at most {own}."
+    apart = [*filter(None, (unfinished, other))]
+    print("\n".join([text_table(score_table(scores)), *collapse_notes(scores), *apart, *filter(None, [theirs])]))
+    if apart:
+        print("They are printed, and nothing is written into the run's folder, where they would be compared with others.")
         return
     write_results(folder, with_scores(read_results(folder), scores, split))
     if given["map"] != "none":
@@ -185,6 +193,10 @@ def _evaluate(parser: Parser, parsed: Namespace) -> None:
             drawn = {"points": points.round(decimals=4).tolist(), "classes": classes.tolist(), **case.curve()._asdict()}
             write_drawings(folder, {name: {"method": given["map"], "split": split, **drawn}})
         print(f"Wrote {report.write(folder / 'report.html', summarise({folder.resolve().name: folder}))}")
+
+
+def _names(given: str) -> list[Any]:
+    return [name.strip() for name in given.split(",")]
 
 
 def _encoder(folder: Path) -> tuple[Encoder, str | None]:

@@ -39,7 +39,7 @@ def demo(
     for name, (reading, views) in _METHODS.items():
         print(f"\n{name}")
         chosen = replace(config, tc2=replace(config.tc2, reading=reading, num_views=views))
-        runs[name] = folder / f"{reading}-{views}-views"
+        runs[name] = folder / _folder(reading, views)
         rows.append(_row(name, chosen, pretrain(chosen, runs[name])))
     note = (
         f"Seed {seed}, {steps} iterations of batch {config.train.batch_size}; 'base, TC²'s budget' takes as many more as make the encoder "
@@ -70,9 +70,14 @@ def _row(name: str, config: Config, results: dict[str, Any]) -> dict[str, Cell]:
     }
 
 
+def _folder(reading: Reading, views: int) -> str:
+    return f"{reading}-{views}-views"
+
+
 def _empty(folder: Path) -> None:
-    """Makes way for a new demo, and for nothing else: only folders of runs are removed."""
-    strangers = [path for path in folder.glob("*") if not (path / CONFIG).is_file()]
+    """Makes way for a new demo, and for nothing else: only runs of the demo's own names are removed."""
+    own = {_folder(*method) for method in _METHODS.values()}
+    strangers = [path for path in folder.glob("*") if path.name not in own or not (path / CONFIG).is_file()]
     if strangers:
         raise FileExistsError(f"`out` {folder} holds {strangers[0].name}, which is not a run of the demo. Name another folder.")
     for path in folder.glob("*"):

@@ -23,6 +23,7 @@ from metacal.cli import main
 from metacal.objectives import VICReg
 from metacal.tc2 import PCA, Networks, Stage, TopK
 from metacal.train import checkpoint, read_metrics
+from metacal.train.loop import _farewell
 from metacal.train.settings import configurations, load_config, packaged, to_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +153,7 @@ def test_killed_and_resumed_a_run_ends_as_if_undisturbed(undisturbed: Path, tiny
             assert running.returncode == 130, err
             assert re.search(r"metacal pretrain: (Stopped after \d+ steps; a checkpoint is in|stopped\n)", err)  # in training, or later
             assert "Traceback" not in err
+            assert "resume=True" not in err
         else:
             assert running.returncode == -signal.SIGKILL
     finished("pretrain", tiny, "--out", folder, "--resume", "--progress", "false")
@@ -274,6 +276,12 @@ def test_the_demo_compares_four_methods(tmp_path: Path, capsys: pytest.CaptureFi
     assert status == 1
     assert "holds notes.txt, which is not a run of the demo" in err
     assert (tmp_path / "runs" / "paper-4-views" / "results.json").is_file()
+    (tmp_path / "runs" / "notes.txt").unlink()
+    own = Path(shutil.copytree(tmp_path / "runs" / "paper-4-views", tmp_path / "runs" / "mine"))
+    status, _, err = call(capsys, *arguments)
+    assert status == 1
+    assert "holds mine, which is not a run of the demo" in err
+    assert (own / "results.json").is_file()
 
 
 # 3. Settings
@@ -389,7 +397,9 @@ def test_an_unknown_configuration_names_the_nearest(capsys: pytest.CaptureFixtur
     [
         (["--tc2.reading", "papr"], "tc2.reading"),
         (["--train.steps", "many"], "train.steps"),
-        (["--objective", "SimCRL"], "objective"),
+        (["--objective", "SimCRL"], "`objective` may be AlignUniform, BYOL, BarlowTwins, DCL, "),
+        (["--tc2.calibrator", "Pca"], "`tc2.calibrator` may be Identity, Networks, PCA, or the import path of your own; got 'Pca'"),
+        (["--tc2.encoder_stage.adjoint", "Exact"], "`tc2.encoder_stage.adjoint` may be FiniteDifference, FirstOrder, "),
         (["--network.norm", "group"], "network.norm"),
     ],
 )
@@ -414,6 +424,47 @@ def test_missing_data_say_where_they_are_looked_for(
     assert f"`root` = {tmp_path}" in err
 
 
+def test_what_a_file_system_refuses_is_one_message(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        status, _, err = call(capsys, "pretrain", tiny, "--out", out, "--train.steps", "0", "--progress", "false")
+        assert status == 1
+        assert err.startswith("metacal pretrain: ")
+        assert str(out) in err
+
+
+@pytest.mark.parametrize("command", [("pretrain",), ("together", "--seeds", "1")])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("train: 5", "mine.yaml: `train` should hold settings by name, as train: {steps: ...}; got 5"),
+        ("data:", "mine.yaml: `data` should hold settings by name, as data: {name: ...}; got None"),
+        ("train: {steps: 3", "mine.yaml should be a YAML file: while parsing"),
+        ("", "mine.yaml should be a file of settings, it holds none"),
+        ("trian: {steps: 3}", "did you mean 'train.steps'?"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_named(
+    command: tuple[str, ...], settings: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(settings)
+    status, _, err = call(capsys, command[0], tmp_path / "mine.yaml", *command[1:])
+    assert status == 2
+    assert message in err
+    assert re.match(r"metacal(?: pretrain)?: error: ", err)
+
+
+@pytest.mark.parametrize(("command", "again"), [("pretrain", "--resume"), ("together", "the same command")])
+def test_ctrl_c_says_how_to_go_on(command: str, again: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise _farewell(signal.SIGINT, 7, Path("run"))
+
+    monkeypatch.setattr(f"metacal.cli._{command}", interrupted)
+    status, _, err = call(capsys, command, "tc2_digits", *(["--seeds", "1"] if command == "together" else []))
+    said = f"metacal {command}: Stopped after 7 steps; a checkpoint is in run/checkpoints. Go on with {again}.\n"
+    assert (status, err) == (130, said)
+
+
 @pytest.mark.parametrize("command", ["evaluate", "report"])
 def test_a_folder_without_a_run(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = call(capsys, command, tmp_path)
@@ -422,6 +473,7 @@ def test_a_folder_without_a_run(command: str, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_evaluate_needs_a_checkpoint_and_a_known_set(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "evaluate", copied, "--data", " digits", "--scores", "knn, monitors", "--map", "none")[0] == 0
     status, _, err = call(capsys, "evaluate", copied, "--data", "digitz")
     assert status == 1
     assert "`name` should be one of digits, mnist" in err

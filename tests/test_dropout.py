@@ -118,5 +118,5 @@ def test_a_checkpoint_under_a_transform_names_the_remedy() -> None:
         torch.autograd.grad(value(h.requires_grad_(), adjoints.Forward(), checkpointed), h)
     checkpoint = torch.utils.checkpoint.checkpoint
     solver = metacal.descent(lambda w, h, b: checkpoint(lambda w: w["w"].sum(), w, use_reentrant=True), optim.sgd(0.1))
-    with pytest.raises(ValueError, match="use_reentrant=False"):
+    with pytest.raises(ValueError, match="use_reentrant=False"), pytest.warns(UserWarning, match="None of the inputs"):
         metacal.solve(solver, {"w": W0}, torch.ones(()), [None])

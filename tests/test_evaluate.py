@@ -229,7 +229,7 @@ def test_bad_features_and_labels(
 def test_collapsed_features_warn_and_give_the_accuracy_of_guessing(judge: Callable[..., Any]) -> None:
     (x, y), (t, ty) = blobs(80), blobs(200, seed=1)
     with pytest.warns(RuntimeWarning, match="`train` has collapsed.*guessing one class.*dimension_std"):
-        result = judge(3 + 1e-9 * x, y, 3 + 0 * t, ty)
+        result = judge(3 + 1e-15 * x, y, 3 + 0 * t, ty)
     assert (result if isinstance(result, float) else result.accuracy) == 0.25
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -254,6 +254,41 @@ def test_bad_settings() -> None:
         linear_probe(x, rare, t, ty)
     with pytest.raises(ValueError, match="every class of `validation_labels`; missing: 7"):
         linear_probe(x, y, t, ty, validation=(x[:2], torch.tensor([0, 7])))
+
+
+@BOTH
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float64, 2.0**-52), (torch.float32, 2.0**-23), (torch.bfloat16, 2.0**-7)])
+def test_features_have_collapsed_where_every_column_is_constant(judge: Callable[..., Any], dtype: torch.dtype, unit: float) -> None:
+    """A column by its own magnitude, in units of the last place of its type: a large constant hides no other column."""
+    (x, y), (t, ty) = blobs(80), blobs(200, seed=1)
+    constant = torch.tensor([1e6, 0, 0, 0, 0, 0], dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judge(torch.where(constant > 0, constant, x).to(dtype), y, torch.where(constant > 0, constant, t).to(dtype), ty)
+    steps = torch.arange(80, dtype=torch.float64)[:, None] % 3 * unit
+    for columns in (constant, torch.ones(6, dtype=torch.float64)):
+        same = (columns * (1 + steps)).to(dtype)
+        assert not (same == same[0]).all()
+        with pytest.warns(RuntimeWarning, match="`train` has collapsed"):
+            judge(same, y, t.to(dtype), ty)
+
+
+@BOTH
+def test_labels_may_be_unsigned(judge: Callable[..., Any]) -> None:
+    (x, y), (t, ty) = blobs(80), blobs(200, seed=1)
+    assert judge(x, y.numpy().astype(np.uint16), t, ty.numpy().astype(np.uint32)) == judge(x, y, t, ty)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e-13, 1e20, 1e36])
+def test_neighbours_and_monitors_are_the_same_at_any_scale(scale: float) -> None:
+    """In float32, where squares of such features vanish or overflow."""
+    (x, y), (t, ty) = blobs(60), blobs(150, seed=1)
+    x, t, power = x.float(), t.float(), 2.0 ** round(math.log2(scale))
+    assert knn(power * x, y, power * t, ty) == knn(x, y, t, ty) == knn(power * x, y, t, ty) > 0.5
+    for monitor in (rank_me, dimension_std, uniformity):
+        assert torch.equal(monitor(power * x), monitor(x))
+    assert not is_collapsed(power * x)
+    assert knn(scale * x.double(), y, scale * t.double(), ty) == knn(x.double(), y, t.double(), ty)
 
 
 # ------------------------------------------------------------------------------------------------------------ features

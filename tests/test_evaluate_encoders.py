@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import metacal
 from metacal import nets, objectives, optim, tc2, tree
 from metacal.data import Images, batch_indices, load, split_validation
+from metacal.data.splits import stratified
 from metacal.evaluate import (
     SCORES,
     Case,
@@ -31,7 +33,7 @@ from metacal.evaluate import (
     logme,
     online,
 )
-from metacal.evaluate.parts import at_most
+from metacal.evaluate.parts import at_most, parts
 
 CPU = torch.device("cpu")
 
@@ -188,7 +190,7 @@ def test_scores_that_lack_something() -> None:
         assess(case, ["leep"])
     with pytest.raises(ValueError, match=r"`against` should be the encoder to compare with.*--against RUN"):
         assess(case, ["cka"])
-    with pytest.raises(ValueError, match=r"`neighbours` should be at most the 249 training images of digits with labels, got 400"):
+    with pytest.raises(ValueError, match=r"`neighbours` should be at most the 250 training images of digits with labels, got 400"):
         assess(replace(case, neighbours=400), ["knn"])
     with pytest.raises(ValueError, match=r"`labels` should give every class of digits at least 2 .* 15 give a class only 1") as said:
         assess(replace(case, labels=15), ["probe"])
@@ -284,7 +286,7 @@ def test_online_scores_show_a_collapsed_and_a_diverged_encoder(digits: tuple[Ima
     with pytest.raises(ValueError, match=r"`images` watched .*evaluate.online.* at least 1000 for as many neighbours; got \d+"):
         online(made, state, digits[1], neighbours=1000)
     with pytest.raises(ValueError, match=r"2 of every class or more.*got 10 of 10 classes. Ask for 60 or more, or for none"):
-        check_online(at_most(digits[1], 5))
+        check_online(at_most(digits[1], 10))
     check_online(at_most(digits[1], 60))
 
 
@@ -296,3 +298,47 @@ def test_online_scores_with_batch_norm_are_those_of_single_images(digits: tuple[
     encode = frozen(lambda x: made.network.encode(theta, x), learn.images)
     z, z_judge = encode(learn.images), torch.cat([encode(image) for image in judge.images.split(1)])
     assert found["online_knn"].item() == pytest.approx(knn(z, learn.labels, z_judge, judge.labels))
+
+
+# ------------------------------------------------------------------------------------------------- how many images
+
+
+def of_classes(*sizes: int) -> Images:
+    labels = torch.cat([torch.full((n,), c) for c, n in enumerate(sizes)])
+    return Images(torch.rand(len(labels), 1, 1, 1), labels, "noise", num_classes=len(sizes))
+
+
+@pytest.mark.parametrize("most", [16, 25, 99, 500, 1294])
+def test_labels_are_as_many_as_are_asked_for(most: int) -> None:
+    """Shares rounded by the largest remainder, in fractions; ties are left open."""
+    everything = load("digits", "train")
+    few = at_most(everything, most)
+    assert len(few) == most
+    shares = [Fraction(most * int(n), len(everything)) for n in everything.labels.bincount()]
+    more = [int(size) - int(share) for size, share in zip(few.labels.bincount(), shares, strict=True)]
+    assert set(more) == {0, 1}
+    up, down = ([share % 1 for share, n in zip(shares, more, strict=True) if n == one] for one in (1, 0))
+    assert min(up) >= max(down)
+    assert len({image.numpy().tobytes() for image in few.images}) > 0.9 * most  # of different images, drawn once
+    assert torch.equal(at_most(everything, most).images, few.images)
+
+
+def test_every_class_has_a_label_and_sets_of_one_size_are_those_of_rounding() -> None:
+    assert at_most(of_classes(1000, 10, 10, 10), 20).labels.bincount().tolist() == [17, 1, 1, 1]
+    assert at_most(of_classes(96, 1, 1, 1, 1), 5).labels.bincount().tolist() == [1] * 5
+    assert at_most(of_classes(5, 5), 10).labels.bincount().tolist() == [5, 5]
+    with pytest.raises(ValueError, match="`labels` should be at least 4, one image of every class of noise; got 3"):
+        at_most(of_classes(10, 10, 10, 10), 3)
+    with pytest.raises(ValueError, match=r"`evaluate\.online` should be at least 4"):
+        at_most(of_classes(10, 10, 10, 10), 3, "evaluate.online")
+    images = of_classes(200, 100, 300)
+    assert torch.equal(at_most(images, 60).images, images.select(stratified(images.labels, 0.1, 0)[1]).images)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["fashion_mnist", "mnist", "omniglot", "cifar10"])
+def test_the_committed_studies_read_the_images_that_they_read(name: str) -> None:
+    """They asked for 2,000, when every class's share was rounded by itself."""
+    everything = parts(name, "validation")[0]
+    few = everything if len(everything) <= 2000 else everything.select(stratified(everything.labels, 2000 / len(everything), 0)[1])
+    assert torch.equal(at_most(everything, 2000).images, few.images)

@@ -95,6 +95,25 @@ def test_scores_add_up_over_calls(run: Path, capsys: pytest.CaptureFixture[str])
     assert not (run / "report.html").exists()
 
 
+def test_scores_of_another_number_of_labels_are_printed_only(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Written over the run's own, they would be compared with other runs' of another budget."""
+    before = results(run)
+    assert (before["labels"], before["neighbours"]) == (250, 20)
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    status, out, _ = call(capsys, run, "--labels", "60", "--split", "validation", "--scores", "probe, knn")
+    assert status == 0
+    assert re.search(r"^kNN % +[\d.]+$", out, re.MULTILINE)
+    assert "These scores are of at most 60 images with labels, those in the run's folder of at most 250." in out
+    assert "nothing is written into the run's folder" in out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+    assert call(capsys, run, "--labels", "250", "--split", "validation", "--scores", "h_score", "--map", "none")[0] == 0
+    assert "h_score" in results(run)["validation_scores"]["digits"]
+    old = {name: value for name, value in results(run).items() if name not in ("labels", "neighbours")}  # as runs were written before
+    write_results(run, old)
+    assert call(capsys, run, "--split", "validation", "--scores", "transrate", "--map", "none")[0] == 0
+    assert set(results(run)["validation_scores"]["digits"]) == {*old["validation_scores"]["digits"], "transrate"}
+
+
 def test_a_run_is_judged_by_the_scores_it_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "settings.yaml").write_text(
         SETTINGS.replace("evaluate: {", "evaluate: {scores: [knn, h_score], ").replace("steps: 4", "steps: 1")
@@ -193,6 +212,12 @@ def test_the_table_leaves_open_what_was_not_measured() -> None:
         ["LogME", "-", "-0.25"],
         ["collapsed", "no", "-"],
     ]
+
+
+def test_half_widths_have_two_digits_and_no_powers_of_ten() -> None:
+    shown = {0.0123: "0.012", 9.96: "10", 99.4: "99", 110.3: "110", 1234.5: "1234", float("nan"): "–"}
+    assert {value: report.half_width(value) for value in shown} == shown
+    assert text_table([{"a": (250.0, 159.4)}]).split("\n")[2] == "250 +- 159"
 
 
 def test_the_conflict_matrix_over_time(tmp_path: Path) -> None:

@@ -261,7 +261,32 @@ def test_few_shot_on_real_digits_and_too_few_of_them() -> None:
         few_shot(x, y, ways=1)
 
 
+def test_episodes_of_half_precision_and_of_any_scale() -> None:
+    x, y = blobs(150, classes=7)
+    wanted = few_shot(x, y, ways=4, shots=3, queries=5, episodes=40)
+    for half in (torch.bfloat16, torch.float16):
+        assert few_shot(x.to(half), y, ways=4, shots=3, queries=5, episodes=40).mean == pytest.approx(wanted.mean, abs=0.03)
+    x = x.float()
+    for power in (2.0**-120, 2.0**-70, 2.0**70, 2.0**120):
+        assert few_shot(power * x, y, episodes=40) == few_shot(x, y, episodes=40)
+
+
 # ----------------------------------------------------------------------------------------------------- curves and maps
+
+
+def test_a_large_constant_hides_no_other_dimension() -> None:
+    """It was taken for a collapse: CKA was NaN, and the map one point."""
+    x, other = blobs(60)[0].float(), torch.randn(60, 3)
+    beside = torch.cat([x, torch.full((60, 1), 1e6)], 1)
+    assert cka(beside, other) == pytest.approx(cka(x, other), rel=1e-9)
+    assert cka(other, x.double() + 1e6) == pytest.approx(cka(other, x), rel=1e-6)
+    assert torch.allclose(flat_map(beside), flat_map(x), atol=1e-6)
+    assert cka(1e-30 * x, 1e30 * other) == pytest.approx(cka(x, other), rel=1e-5)
+    same = torch.tensor([1.0, 1e-3, 1e6]) * (1 + 2.0**-23 * (torch.arange(60)[:, None] % 2))  # in float32, though float64 computes
+    with pytest.warns(RuntimeWarning, match="`b` has collapsed"):
+        assert math.isnan(cka(other, same))
+    with pytest.warns(RuntimeWarning, match="`features` has collapsed"):
+        assert not flat_map(same).any()
 
 
 def test_label_curve_probes_nested_subsets() -> None:

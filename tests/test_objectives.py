@@ -1126,6 +1126,17 @@ def test_training_lowers_the_loss(objective):
     assert after < before - 0.01 * before.abs()
 
 
+def test_whitening_takes_half_precision() -> None:
+    z = random_outputs(n=12, d=4).z.float()
+    for dtype in (torch.bfloat16, torch.float16):
+        half = z.to(dtype).requires_grad_()
+        loss = WMSE()(Outputs(half))
+        assert loss.dtype == dtype
+        assert loss.item() == pytest.approx(WMSE()(Outputs(half.float())).item(), rel=0.01)
+        (slope,) = torch.autograd.grad(loss, half)
+        assert slope.isfinite().all()
+
+
 @pytest.mark.parametrize("objective", [WMSE(0.1), DCL(), AlignUniform(), SIGReg(num_directions=8), VICRegL()], ids=str)
 def test_tc2_runs_on_it_with_every_adjoint(objective):
     with default_dtype(torch.float64):

@@ -67,7 +67,9 @@ TINY = c.Config(
     [
         (c.EvaluateConfig(labels=15), "`labels` should give every class of digits at least 2 training images"),
         (c.EvaluateConfig(neighbours=5000), "`neighbours` should be at most the 1295 training images of digits"),
-        (c.EvaluateConfig(online=5), "`images` watched while training .setting evaluate.online. should be 2 of every class"),
+        (c.EvaluateConfig(labels=5), "`labels` should be at least 10, one image of every class of digits; got 5"),
+        (c.EvaluateConfig(online=5), "`evaluate.online` should be at least 10, one image of every class of digits; got 5"),
+        (c.EvaluateConfig(online=15), "`images` watched while training .setting evaluate.online. should be 2 of every class"),
     ],
 )
 def test_what_the_data_cannot_give_is_refused_before_training(evaluate: c.EvaluateConfig, message: str, tmp_path: Path) -> None:

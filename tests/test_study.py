@@ -116,12 +116,47 @@ def test_settings_are_checked_before_anything_runs(tmp_path: Path, capsys: pytes
     assert not list(out.rglob("log.txt"))
 
 
-@pytest.mark.parametrize("text", ["", "- a list"])
-def test_a_base_without_settings_is_named(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "should be a file of settings, it holds none"),
+        ("- a list", "should be a file of settings, it holds"),
+        ("train: {steps: 3", "should be a YAML file: while parsing"),
+        ("train: 3", ": `train` should hold settings by name, as train: {steps: ...}; got 3"),
+        ("tc2: {encoder_stage: 3}", ": tc2: `encoder_stage` should hold settings by name"),
+    ],
+)
+def test_a_base_without_settings_is_named(text: str, said: str, tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(text)
-    with pytest.raises(ValueError, match=r"`base` should be a file of settings, .*base\.yaml holds"):
+    with pytest.raises(ValueError, match=f"`base`: {re.escape(str(base))} ?{re.escape(said)}"):
         study.cells(study.load_study(write(tmp_path, base=str(base))))
+
+
+def test_what_is_no_yaml_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "odd.yaml").write_text("seeds: [1\ngrid: {}")
+    assert main(["study", str(tmp_path / "odd.yaml")]) == 1
+    assert f"{tmp_path / 'odd.yaml'} should be a YAML file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data": None}, "seed3.yaml: `data` should hold settings by name, as data: {name: ...}; got None"),
+        ({"trian": {"steps": 3}}, "did you mean 'train.steps'?"),
+        ({"objective": {"class_path": "SimCLR", "init_args": {"temprature": 0.5}}}, "did you mean 'temperature'?"),
+    ],
+)
+def test_a_place_of_the_grid_with_odd_settings_is_named(
+    settings: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, grid={"method": {"base": {}, "odd": settings}}, seeds=[3])
+    assert main(["study", str(path), "--out", str(tmp_path / "out"), "--progress", "false"]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert f"{path}: the settings of method 'odd', seed 3, cannot be used" in err
+    assert err.startswith("metacal pretrain: error: ")
+    assert "For all settings: metacal pretrain --help" in err
 
 
 @pytest.mark.slow
@@ -258,6 +293,34 @@ def test_transfer_is_judged_without_the_set_that_was_trained_on(tmp_path: Path) 
     assert record["settings"]["data"] == {"name": "digits"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "transfer"),
+    [
+        ({}, 37.5),  # trains on digits, which nobody says
+        ({"data": {"augmentation": None}}, 37.5),
+        ({"data": {"name": "mnist"}}, 57.5),
+        ({"data": {"name": "mnist"}, "tc2": {"tasks": "Domains"}}, 57.5),
+        ({"data": {"name": "mnist"}, "tc2": {"tasks": {"class_path": "Domains", "init_args": {"sets": ["digits", "omniglot"]}}}}, 50.0),
+    ],
+)
+def test_transfer_is_to_sets_that_a_run_has_not_read(settings: dict[str, Any], transfer: float, tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("train: {steps: 3}")
+    plan = study.load_study(write(tmp_path, base=str(base), settings=settings, grid={"method": {"base": {}}}, seeds=[3]))
+    (cell,) = study.cells(plan)
+    results = {
+        "scores": {"digits": {"probe": 0.9}, "mnist": {"probe": 0.5}, "omniglot": {"probe": 0.25}},
+        "measured": {},
+        "seconds_per_step": 1.0,
+        "images_per_step": 2,
+        "steps": 3,
+    }
+    (tmp_path / cell.path).mkdir(parents=True)
+    (tmp_path / cell.path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (found,) = study.findings(plan, tmp_path)
+    assert found.values[study.TRANSFER] == {3: transfer}
+
+
 def test_the_page_names_collapsed_runs(tmp_path: Path) -> None:
     plan = study.load_study(write(tmp_path, grid={"method": {"base": {}}}, seeds=[3, 4]))
     for cell, collapsed in zip(study.cells(plan), (1.0, 0.0), strict=True):
@@ -335,7 +398,7 @@ def test_the_page_has_every_score_and_what_each_run_had(tmp_path: Path) -> None:
     ]
     names, values = rows("Other scores")
     assert names == ["method", "seeds", "digits kNN, k = 200 %", "digits 5-way 1-shot %", "digits LogME", "digits RankMe"]
-    assert values[2] == "37.5 ± 1.6e+02"
+    assert values[2] == "37.5 ± 159"
 
 
 def test_correlations_are_over_runs_with_the_places_means_taken_off(tmp_path: Path) -> None:
@@ -361,6 +424,47 @@ def test_correlations_are_over_runs_with_the_places_means_taken_off(tmp_path: Pa
     assert [run[0] for run in c.pairs] == ["base", "base", "TC² (paper)", "TC² (paper)"] * 2
     assert study.correlate(plan, found[:2], "x", "y") is None  # four runs
     assert study.correlate(plan, found, "x", "unknown") is None
+
+
+def test_differences_that_coincide_are_not_tested(tmp_path: Path) -> None:
+    """Accuracies are counts: a few seeds may differ by the same number of images, which would have p-values of 0 or of rounding."""
+    plan = study.load_study(write(tmp_path, seeds=[1, 2, 3]))
+    values = {
+        ("SimCLR", "base"): [50.1, 51.7, 52.3],
+        ("SimCLR", "TC² (paper)"): [50.2, 51.8, 52.4],  # 0.1 up to rounding
+        ("VICReg", "base"): [60.0, 61.0, 62.0],
+        ("VICReg", "TC² (paper)"): [63.0, 64.1, 65.2],
+    }
+    found = [
+        study.Finding({"objective": o, "method": m}, {"digits probe": dict(zip([1, 2, 3], v, strict=True))}, {})
+        for (o, m), v in values.items()
+    ]
+    same, other = study.compare(plan, found, ["digits probe"], "base")
+    assert math.isclose(same.difference.mean, 0.1)
+    assert all(map(math.isnan, (same.difference.half_width, same.p, same.p_holm)))
+    assert not same.significant
+    assert other.p_holm == other.p < 0.05, "a family of one"
+    assert other.significant
+    assert math.isnan(study.differences(plan, found, "base", "digits probe").series["TC² (paper)"]["SimCLR"][1])
+
+
+def test_what_is_not_tested_is_a_dash_and_two_seeds_have_no_star(tmp_path: Path) -> None:
+    plan = study.load_study(write(tmp_path, grid={"method": TINY["grid"]["method"]}, settings={"data": {"name": "digits"}}))
+    scores = {"base": ((0.5, 0.25, 0.5), (0.75, 0.5, 0.25)), "tc²-paper": ((0.625, 0.5, 0.75), (0.875, 0.75, 0.5005))}
+    for name, seeds in scores.items():
+        for seed, (digits, mnist, omniglot) in zip((3, 4), seeds, strict=True):
+            judged = {"digits": {"knn": digits}, "mnist": {"knn": mnist}, "omniglot": {"knn": omniglot}}
+            results = {"scores": judged, "measured": {}, "seconds_per_step": 1.0, "images_per_step": 2, "steps": 3}
+            (tmp_path / name / f"seed{seed}").mkdir(parents=True)
+            (tmp_path / name / f"seed{seed}" / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    assert study.markdown(plan, tmp_path).splitlines()[-1] == "| TC² (paper) | +12.5 ± – | +25.0 ± – | +25.0 ± 0.3 |"
+    (compared,) = study.compare(plan, study.findings(plan, tmp_path), ["omniglot knn"], "base")
+    assert compared.p_holm < 0.05, "which says that two differences are near, and no more"
+    page = study.page(plan, tmp_path).read_text(encoding="utf-8")
+    row = '<td>TC² (paper)</td><td>digits knn</td><td class="number">12.5 ± –</td><td class="number">2</td>'
+    assert row + '<td class="number">–</td>' * 2 in page
+    assert "nan" not in page
+    assert study.picture(plan, tmp_path) is not None
 
 
 def test_the_overall_difference_is_paired_in_the_means_over_the_places(tmp_path: Path) -> None:
@@ -425,6 +529,9 @@ def test_holm_against_its_definition() -> None:
             rejected.add(i)
         assert {i for i, c in enumerate(corrected) if c <= level} == rejected
     assert holm([]) == []
+    tested = holm([math.nan, *p, math.nan])
+    assert tested[1:-1] == corrected
+    assert all(map(math.isnan, (tested[0], tested[-1])))
 
 
 def test_paired_p_value_is_that_of_the_t_distribution() -> None:
@@ -435,8 +542,11 @@ def test_paired_p_value_is_that_of_the_t_distribution() -> None:
     mean = sum(d) / 4
     s = (sum((x - mean) ** 2 for x in d) / 3) ** 0.5
     assert math.isclose(paired_p_value(a, b), 2 * t.sf(mean / (s / 2), 3), rel_tol=1e-12)
-    assert paired_p_value([1.0, 2.0], [1.0, 2.0]) == 1.0
-    assert paired_p_value([2.0, 3.0], [1.0, 2.0]) == 0.0
+    for same in ([80.0, 81.5, 79.0, 82.0], a, [x - 0.1 for x in a]):  # no spread, or that of rounding
+        assert math.isnan(paired_p_value(a, same))
+        assert math.isnan(paired_interval(a, same).half_width)
+        assert math.isclose(paired_interval(a, same).mean, a[0] - same[0], abs_tol=1e-12)
+    assert paired_p_value(a, [x - 0.1 - 1e-6 * i for i, x in enumerate(a)]) < 1e-8
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "benchmarks" / "studies").glob("*.yaml")), ids=lambda path: path.stem)

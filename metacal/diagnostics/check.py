@@ -47,8 +47,9 @@ def check(
 
     Args:
         estimate: made by :func:`metacal.hypergradient`.
-        num_directions: random directions in the hparams, and as many in the initial params where the method estimates them. A
-            leaf whose gradient is exactly zero gets one more of its own. Each leaf moves in proportion to its size.
+        num_directions: random directions in the hparams, and as many in the initial params where the method estimates them.
+            Where there are several leaves, each gets one more of its own and is judged relative to itself: 16 of them at most,
+            those whose gradient is exactly zero first, the rest drawn. Each leaf moves in proportion to its size.
         rtol: the relative error that counts as agreement; by default eps^(3/8), 1e-6 in float64 and 3e-3 in float32. What the
             differences cannot tell apart always agrees.
         bias: the largest relative distance to the exact unroll at which a biased method is still ``ok``; by default any.
@@ -84,6 +85,7 @@ def check(
         )
     if num_directions < 1 or num_draws < 2:
         raise ValueError(f"`num_directions` should be at least 1 and `num_draws` at least 2, got {num_directions} and {num_draws}.")
+    state, hparams = tree.detach((state, hparams))
     with _random.preserved(state.params, hparams), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         noise = _random.noise(state.params, hparams)
@@ -91,6 +93,9 @@ def check(
         result = _Check(estimate, replay, num_directions, rtol, bias, num_draws, seed, caught).result()
     said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     return dataclasses.replace(result, reasons=tuple(dict.fromkeys((*result.reasons, *said))))
+
+
+_LEAVES = 16  # with a direction of their own
 
 
 @dataclass(frozen=True)
@@ -188,16 +193,17 @@ class _Check:
     # The comparison.
 
     def _evidence(self, hg: HyperGradient, stats: dict[str, float]) -> Evidence:
-        p, promised = self.problem, promise(self.estimate.adjoint, self.problem)
-        draws = self._draws(hg)
-        directions = tuple(self._along(which, path, u, promised, draws) for which, path, u in self._directions(hg))
-        error, cosine = self._from_the_exact(draws)
+        p, promised, scale = self.problem, promise(self.estimate.adjoint, self.problem), self._scale(hg)
+        draws, exact = self._draws(hg), self._unrolled()
+        directions = tuple(self._along(*direction, promised, scale, draws, exact) for direction in self._directions(hg))
+        error, cosine = _apart(draws, exact)
         if math.isnan(error):  # nothing can differentiate this run: what differences say of the distance
             error = norm(d.estimate - d.exact.value for d in directions) / (norm(d.exact.value for d in directions) or math.nan)
         return Evidence(
             adjoint=self.estimate.adjoint,
             bias=promised.bias,
             slack=promised.slack,
+            scale=scale,
             defined=promised.defined,
             directions=directions,
             relative_error=error,
@@ -230,20 +236,30 @@ class _Check:
             wide = tree.to(like, torch.float64)
             return tree.map(lambda x, w: _size(x) * torch.randn(x.shape, generator=generator, dtype=w.dtype).to(x), like, wide)
 
-        hparams, params = self.problem.hparams, self.problem.state.params
-        if tree.num_elements(hparams):
-            yield from (("hparams", "", random(hparams)) for _ in range(self.num_directions))
-            u, treedef = tree.flatten(random(hparams))
-            for i, (path, g) in enumerate(zip(tree.paths(hparams), tree.leaves(hg.hparams), strict=True)):
-                if len(u) > 1 and not g.any():
-                    yield "hparams", path, tree.unflatten(treedef, [x if j == i else torch.zeros_like(x) for j, x in enumerate(u)])
-        if tree.num_elements(hg.params):
-            yield from (("params", "", random(params)) for _ in range(self.num_directions))
+        hparams: tuple[Which, Tree, Tree] = "hparams", self.problem.hparams, hg.hparams
+        params: tuple[Which, Tree, Tree] = "params", self.problem.state.params, hg.params
+        for which, at, gradient in (hparams, params):
+            if not tree.num_elements(gradient):
+                continue
+            yield from ((which, "", random(at)) for _ in range(self.num_directions))
+            (u, treedef), g, paths = tree.flatten(random(at)), tree.leaves(gradient), tree.paths(at)
+            drawn = torch.randperm(len(u), generator=generator).tolist()
+            for i in sorted(sorted(drawn, key=lambda i: bool(g[i].any()))[:_LEAVES]) if len(u) > 1 else ():
+                yield which, paths[i], tree.unflatten(treedef, [x if j == i else torch.zeros_like(x) for j, x in enumerate(u)])
 
-    def _along(self, which: Which, path: str, u: Tree, promised: Promise, draws: list[HyperGradient]) -> Direction:
+    def _along(
+        self, which: Which, path: str, u: Tree, promised: Promise, scale: float, draws: list[HyperGradient], exact: HyperGradient | None
+    ) -> Direction:
         found = [_dot(getattr(hg, which), u) for hg in draws]
+        differences = _differences(self.problem, which, u, promised, scale)
+        unrolled = math.nan if exact is None else _dot(getattr(exact, which), u)
         standard_error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
-        return Direction(which, path, statistics.fmean(found), *_differences(self.problem, which, u, promised), standard_error)
+        return Direction(which, path, statistics.fmean(found), *differences, unrolled, standard_error)
+
+    def _scale(self, hg: HyperGradient) -> float:
+        """What rounding is relative to: the outer value, and what it owes to the hparams and to the final params, rounded too."""
+        at, by = (self.problem.hparams, hg.state.params), (hg.hparams, self.problem.cotangent())
+        return math.hypot(float(hg.value), float(tree.norm(tree.map(torch.mul, at, by))))
 
     def _closer(self, e: Evidence, hg: HyperGradient) -> Evidence:
         """Differences once more, over steps too small for most kinks: in float64, if the problem runs in it."""
@@ -251,11 +267,12 @@ class _Check:
         p, promised = given if self._dtype == torch.float64 else self._in_double(*given)
         directions = list[Direction]()
         for d, (which, _, u) in zip(e.directions, self._directions(hg), strict=True):
-            claimed, exact, direct = _differences(p, which, tree.to(u, _coarsest(p)), promised, close_difference)
+            claimed, exact, direct = _differences(p, which, tree.to(u, _coarsest(p)), promised, e.scale, close_difference)
             if _coarsest(p) != torch.float64:  # no step is small enough to be believed alone
                 claimed = Difference(claimed.value, claimed.error + abs(claimed.value - d.promised.value))
             directions.append(d._replace(promised=claimed, exact=exact, direct=direct))
-        return dataclasses.replace(e, directions=tuple(directions), close=True)
+        contested = tuple(close for d, close in zip(e.directions, directions, strict=True) if not e.agrees(d))
+        return dataclasses.replace(e, directions=tuple(directions), contested=contested)
 
     def _in_double(self, p: Replay, promised: Promise) -> tuple[Replay, Promise]:
         """The problem in float64; as it is, where it does not run there or to another value: noise in another dtype is other noise."""
@@ -268,14 +285,12 @@ class _Check:
             return p, promised
         return (double, found) if same else (p, promised)
 
-    def _from_the_exact(self, draws: list[HyperGradient]) -> tuple[float, float]:
-        """Relative error and cosine to the exact unroll over all that is estimated; NaN where it cannot be had."""
+    def _unrolled(self) -> HyperGradient | None:
+        """The exact hypergradient; None where it cannot be had."""
         try:
-            exact = self._sample(hypergradient(self.estimate.outer, self.estimate.solver, Unrolled()))
+            return self._sample(hypergradient(self.estimate.outer, self.estimate.solver, Unrolled()))
         except (RuntimeError, NotImplementedError, ValueError, TypeError):  # a run that nothing can differentiate
-            return math.nan, math.nan
-        got, truth = ((_mean(hgs, "hparams"), _mean(hgs, "params") if tree.leaves(draws[0].params) else ()) for hgs in (draws, [exact]))
-        return relative_error(got, truth), cosine(got, truth)
+            return None
 
     # About the run.
 
@@ -310,18 +325,18 @@ def _at(p: Replay, promised: Promise) -> Tensor:
     return torch.tensor(promised.value(p.state.params, p.hparams), dtype=torch.float64)
 
 
-_Differentiate = Callable[[Callable[[float], float], torch.dtype], Difference]
+_Differentiate = Callable[[Callable[[float], float], torch.dtype, float], Difference]
 
 
 def _differences(
-    p: Replay, which: Which, u: Tree, promised: Promise, by: _Differentiate = central_difference
+    p: Replay, which: Which, u: Tree, promised: Promise, scale: float, by: _Differentiate = central_difference
 ) -> tuple[Difference, Difference, Difference]:
     """Along ``u``: of what is promised, of the outer value after the run, and of its direct part."""
 
     def difference(value: Value) -> Difference:
         if which == "params":
-            return by(lambda s: value(tree.axpy(s, u, p.state.params), p.hparams), _coarsest(p))
-        return by(lambda s: value(p.state.params, tree.axpy(s, u, p.hparams)), _coarsest(p))
+            return by(lambda s: value(tree.axpy(s, u, p.state.params), p.hparams), _coarsest(p), scale)
+        return by(lambda s: value(p.state.params, tree.axpy(s, u, p.hparams)), _coarsest(p), scale)
 
     exact = difference(p.run)
     claimed = difference(promised.value) if promised.bias else exact
@@ -345,6 +360,14 @@ def cosine(got: Tree, truth: Tree) -> float:
     """Of the angle between two trees, in float64; NaN where one is zero."""
     size = math.sqrt(_dot(got, got) * _dot(truth, truth))
     return _dot(got, truth) / size if size else math.nan
+
+
+def _apart(draws: list[HyperGradient], exact: HyperGradient | None) -> tuple[float, float]:
+    """Relative error and cosine to the exact unroll over all that is estimated; NaN where there is none."""
+    if exact is None:
+        return math.nan, math.nan
+    got, truth = ((_mean(hgs, "hparams"), _mean(hgs, "params") if tree.leaves(draws[0].params) else ()) for hgs in (draws, [exact]))
+    return relative_error(got, truth), cosine(got, truth)
 
 
 def _dot(a: Tree, b: Tree) -> float:

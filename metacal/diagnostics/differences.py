@@ -21,12 +21,13 @@ class Difference(NamedTuple):
     error: float
 
 
-def central_difference(fn: Callable[[float], float], dtype: torch.dtype) -> Difference:
+def central_difference(fn: Callable[[float], float], dtype: torch.dtype, scale: float = 0.0) -> Difference:
     """``d fn(s) / ds`` at 0, for a function that varies over a length of about 1 and is computed in ``dtype``.
 
     Central differences at a ladder of halved steps s, extrapolated to s = 0: the k-th column of the table cancels the error's
     terms up to s^{2k}, and the entry that differs least from its neighbours is taken. The error is that difference, and what
-    rounding of ``fn`` may do. Work: two values per step of the ladder, ten in float64, eight in float32.
+    rounding may do, relative to ``fn`` or to ``scale``, the larger of the two. Work: two values per step of the ladder, ten in
+    float64, eight in float32.
 
     Source: Ridders 1982, Advances in Engineering Software 4(2), 75-76.
 
@@ -42,7 +43,7 @@ def central_difference(fn: Callable[[float], float], dtype: torch.dtype) -> Diff
         row = [(ahead - behind) / (2 * s)]
         for k, coarser in enumerate(above, 1):
             row.append(row[-1] + (row[-1] - coarser) / (4**k - 1))
-        rounding = 4 * torch.finfo(dtype).eps * max(abs(ahead), abs(behind)) / s
+        rounding = 4 * torch.finfo(dtype).eps * max(abs(ahead), abs(behind), scale) / s
         for k, (value, coarser) in enumerate(zip(row, above, strict=False)):
             neighbour = row[k - 1] if k else coarser
             error = max(abs(value - coarser), abs(value - neighbour)) + rounding
@@ -52,7 +53,7 @@ def central_difference(fn: Callable[[float], float], dtype: torch.dtype) -> Diff
     return best if math.isfinite(best.value) else Difference(math.nan, math.nan)
 
 
-def close_difference(fn: Callable[[float], float], dtype: torch.dtype) -> Difference:
+def close_difference(fn: Callable[[float], float], dtype: torch.dtype, scale: float = 0.0) -> Difference:
     """As :func:`central_difference`, for a function that may have kinks and jumps close to 0, but none at 0.
 
     Nothing is extrapolated, and steps are far apart: a step that crosses a jump, or a kink, then differs from the next one, and
@@ -70,7 +71,7 @@ def close_difference(fn: Callable[[float], float], dtype: torch.dtype) -> Differ
         s = step / 10**i
         ahead, behind = fn(s), fn(-s)
         value = (ahead - behind) / (2 * s)
-        rounding = 4 * torch.finfo(dtype).eps * max(abs(ahead), abs(behind)) / s
+        rounding = 4 * torch.finfo(dtype).eps * max(abs(ahead), abs(behind), scale) / s
         error = abs(value - coarser) + abs(ahead - 2 * here + behind) / (2 * s) + rounding
         if error < best.error:
             best = Difference(value, error)

@@ -28,6 +28,7 @@ class Direction(NamedTuple):
         promised: by central differences of the function whose derivative the method claims.
         exact: by central differences of the outer value after the run.
         direct: the part of ``exact`` that does not pass through the inner params.
+        unrolled: by the exact unroll; NaN where it cannot be had.
         standard_error: of a random ``estimate``; 0 of a deterministic one.
     """
 
@@ -37,11 +38,12 @@ class Direction(NamedTuple):
     promised: Difference
     exact: Difference
     direct: Difference
+    unrolled: float = math.nan
     standard_error: float = 0.0
 
     def __str__(self) -> str:
         if self.path:
-            return f"`hparams` at '{self.path}'"
+            return f"`{self.which}` at '{self.path}'"
         return f"a random direction of the {'initial params' if self.which == 'params' else 'hparams'}"
 
     @property
@@ -57,8 +59,8 @@ class CheckResult:
     Attributes:
         verdict: "right": the derivative of the steps that were taken. "biased": right by its own definition, which differs from
             that. "random": right in the mean. "wrong": not what the method defines. "unreliable": as defined, but of a problem on
-            which the definition means little. "undecided": rounding hides the answer. "no effect": the outer value does not
-            change with the hparams. "not finite" and "not repeatable" speak for themselves.
+            which the definition means little. "undecided": rounding hides the answer. "no effect": the derivative by the hparams
+            is zero. "not finite" and "not repeatable" speak for themselves.
         ok: "right", "random", or "biased" by no more than was allowed.
         headline: the verdict's first sentence.
         reasons: why, and what to do.
@@ -90,18 +92,20 @@ class Evidence:
     Attributes:
         bias: what the method leaves out by definition; "" if nothing.
         slack: the relative error that belongs to the method by definition.
+        scale: what rounding is relative to.
         defined: whether it is known what the method computes; else it is held to the derivative of the steps taken.
         num_draws: of a random method, else 1.
         steps_move: the steps change the params.
         steps_draw: the steps draw random numbers.
         warned: what the method says itself against its number (:class:`metacal.linear.UnreliableHypergradient`).
         dtype, rtol, allowed_bias: of the comparison.
-        close: the differences are those of :func:`close_difference`, because larger steps spoke against the estimate.
+        contested: where larger steps spoke against the estimate; the differences are then those of :func:`close_difference`.
     """
 
     adjoint: Adjoint
     bias: str
     slack: float
+    scale: float
     defined: bool
     directions: tuple[Direction, ...]
     relative_error: float
@@ -115,7 +119,7 @@ class Evidence:
     dtype: torch.dtype
     rtol: float
     allowed_bias: float | None
-    close: bool = False
+    contested: tuple[Direction, ...] = ()
 
     @property
     def name(self) -> str:
@@ -123,8 +127,9 @@ class Evidence:
         return describe(self.adjoint)
 
     def relative(self, d: Direction, error: float) -> float:
-        """An error relative to the largest of the derivatives along directions like ``d``."""
-        size = max(max(other.size, abs(other.exact.value), other.promised.error) for other in self.directions if other.which == d.which)
+        """An error relative to the largest of the derivatives along directions like ``d``: a leaf is judged by itself."""
+        alike = (other for other in self.directions if (other.which, other.path) == (d.which, d.path))
+        size = max(max(other.size, abs(other.exact.value), other.promised.error) for other in alike)
         return error / size if size else math.inf if error else 0.0
 
     def precision(self, d: Direction) -> float:
@@ -138,8 +143,14 @@ class Evidence:
 
     def agrees(self, d: Direction) -> bool:
         """Whether the estimate is what the method promises, as far as rounding, differences and draws can tell."""
-        tolerance = (self.rtol + self.slack) * d.size + 3 * d.promised.error + 5 * d.standard_error
+        rounding = 10 * torch.finfo(self.dtype).eps * self.scale
+        tolerance = (self.rtol + self.slack) * d.size + 3 * d.promised.error + 5 * d.standard_error + rounding
         return abs(d.estimate - d.promised.value) <= tolerance
+
+    def doubtful(self, d: Direction) -> bool:
+        """Whether the exact unroll is another number than the estimate, and differences cannot tell which of the two is right."""
+        apart = not self.agrees(d._replace(promised=Difference(d.unrolled, 0.0)))
+        return not self.bias and apart and self.agrees(d._replace(estimate=d.unrolled))
 
 
 def judge(e: Evidence) -> CheckResult:
@@ -170,39 +181,55 @@ def _judged(e: Evidence) -> CheckResult:
         return CheckResult("wrong", False, headline, (*_suspicions(e), *_notes(e)))
     # The initial params' own part says nothing for the hparams; it is judged where there are none.
     asked = [d for d in e.directions if d.which == "hparams"] or e.directions
-    if not e.close and all(d.estimate == 0 and _vanishes(d.promised) and _vanishes(d.exact) for d in asked):
+    if not e.contested and all(d.estimate == 0 and _vanishes(d.promised) and _vanishes(d.exact) for d in asked):
         of = "hparams" if asked[0].which == "hparams" else "initial params"
         closure = "Does an objective close over a copy of them (a constant to every method), or not use them? Use the ones passed in."
-        return CheckResult("no effect", False, f"the outer value does not change with the {of}.", (closure,))
+        flat = "Or is the derivative zero here: at a stationary point of the outer value, or behind steps that take signs (optim.lion)?"
+        return CheckResult("no effect", False, f"neither {e.name} nor central differences see the {of}.", (closure, flat))
     trouble = tuple(_trouble(e))
     if trouble:
         headline = f"{e.name} is what it defines, on a problem where that means little."
         return CheckResult("unreliable", False, headline, (*trouble, *_notes(e)))
-    precision = min(e.precision(d) for d in asked)
-    if precision > 0.1:
-        headline = f"central differences are good to {percent(precision)} only, so little can be said of {e.name}."
+    precision = min(e.precision(d) for d in asked if not d.path)
+    if headline := next(_undecided(e, precision), ""):
         return CheckResult("undecided", False, headline, (_rounding(e), *_notes(e)))
     coarse = (f"Central differences are good to {percent(precision)} only here. {_rounding(e)}",) if precision > e.rtol else ()
-    if e.close:
+    if e.contested:
         coarse = (f"{_KINKS} Smaller ones tell along {len(e.telling)} of {len(e.directions)} directions.",)
     if isinstance(e.adjoint, Implicit) and e.slack > 100 * e.rtol:
         ill = "Rounding moves the linear solver's answer by {}: the system is ill-conditioned, and the check no finer than that."
         coarse = (*coarse, ill.format(percent(e.slack / 10)))
     if e.num_draws > 1:
-        spread = max(e.relative(d, d.standard_error) for d in e.directions) * math.sqrt(e.num_draws)
+        spread = max(e.relative(d, d.standard_error) for d in e.directions if not d.path) * math.sqrt(e.num_draws)
         headline = (
             f"{e.name} is right in the mean of {e.num_draws} draws, within their standard error; one draw is off by {percent(spread)}."
         )
         return CheckResult("random", True, headline, (*_because(e.bias), *coarse, *_notes(e)))
     if not e.bias or e.relative_error <= e.rtol:
         agreement = max(e.relative(d, abs(d.estimate - d.promised.value)) for d in e.telling)
-        headline = f"{e.name} equals the derivative of the steps that were taken, to {max(agreement, e.relative_error or 0.0):.0e}."
+        agreement = max(agreement, e.relative_error) if e.bias else agreement
+        headline = f"{e.name} equals the derivative of the steps that were taken, to {agreement:.0e}."
         return CheckResult("right", True, headline, (*coarse, *_notes(e)))
     allowed = e.allowed_bias is None or e.relative_error <= e.allowed_bias
-    over = () if allowed else (f"That is more than the {percent(e.allowed_bias or 0.0)} that `bias` allows.",)
+    over = () if allowed else (f"That is not within the {percent(e.allowed_bias or 0.0)} that `bias` allows.",)
     angle = "" if math.isnan(e.cosine) else f" (cosine {e.cosine:.3f})"
-    headline = f"{e.name} is {_right_for(e)}, and differs from the exact unroll by {percent(e.relative_error)}{angle}."
+    distance = "" if math.isnan(e.relative_error) else f", and differs from the exact unroll by {percent(e.relative_error)}{angle}"
+    headline = f"{e.name} is {_right_for(e)}{distance or '; there is no exact unroll to compare with'}."
     return CheckResult("biased", allowed, headline, (*over, *_because(e.bias), *_parts_of_the_bias(e), *coarse, *_notes(e)))
+
+
+def _undecided(e: Evidence, precision: float) -> Iterator[str]:
+    """What keeps one from saying anything."""
+    if precision > 0.1:
+        yield f"central differences are good to {percent(precision)} only, so little can be said of {e.name}."
+    for d in e.contested:
+        if d not in e.telling:
+            yield f"central differences over large steps speak against {e.name} along {d}, those over small ones cannot tell."
+    for d in filter(e.doubtful, e.directions):
+        yield (
+            f"along {d} {e.name} gives {d.estimate:.6g}, the exact unroll {d.unrolled:.6g}; central differences, good to "
+            f"{percent(e.precision(d))}, cannot tell which is right."
+        )
 
 
 def _right_for(e: Evidence) -> str:
@@ -288,22 +315,26 @@ def _factor(
 
 
 def _notes(e: Evidence) -> Iterator[str]:
-    """Of leaves whose gradient is zero."""
-    for d in e.directions:
-        if d.path and d.estimate == 0 and _vanishes(d.exact):
+    """Of leaves whose gradient is zero, and of those of which nothing can be said."""
+    leaves = [d for d in e.directions if d.path]
+    for d in (d for d in leaves if d.which == "hparams" and d.estimate == 0):
+        if _vanishes(d.exact):
             yield f"Along {d} nothing changes: is a copy of it closed over, or is it not used?"
-        elif d.path and d.estimate == 0 and _vanishes(d.promised):
+        elif _vanishes(d.promised):
             yield (
                 f"Along {d} the value after the steps changes (by {d.exact.value:.2g} per unit), but the method estimates nothing: what "
                 "only shapes the path (a learning rate) needs an exact method."
             )
+    told = {d.which for d in e.telling if not d.path}
+    if hidden := [str(d) for d in leaves if d.which in told and d.estimate and d not in e.telling]:
+        yield f"Undecided along {', '.join(hidden)}: what it changes is lost in the rounding, or the roughness, of the outer value."
 
 
 _KINKS = "Kinks or jumps are close (ReLU, L1, clipping): differences over large steps mislead."
 
 
 def _rounding(e: Evidence) -> str:
-    if e.close:
+    if e.contested:
         return _KINKS
     if e.dtype == torch.float64:
         return "The value is rough at the scale of the differences: kinks, chaos, or something that rounds."

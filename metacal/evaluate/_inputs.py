@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from metacal.tc2.factors import at_least_float32
+
+_ROUNDING = 16  # units of the last place: a column that varies less is constant
 
 
 def matrix(name: str, features: Any) -> Tensor:
@@ -30,9 +35,19 @@ def classes(name: str, labels: Any, rows: Tensor, rows_name: str) -> Tensor:
     y = torch.as_tensor(labels).detach()
     if y.shape != rows.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
         raise ValueError(f"`{name}` should be {len(rows)} integers, one per row of `{rows_name}`; got {tuple(y.shape)} of {y.dtype}.")
+    y = y.long()  # unsigned integers know no comparison
     if (y < 0).any():
         raise ValueError(f"`{name}` should not be negative, got {y.min().item()}. Drop the unlabelled rows: keep = labels >= 0.")
-    return y.long().to(rows.device)
+    return y.to(rows.device)
+
+
+def scaled(x: Tensor) -> Tensor:
+    """``x``, in float32 at least, with its largest entry between 1 and 2, for squares that neither vanish nor overflow.
+
+    By a power of two, so that no digit changes.
+    """
+    x = at_least_float32(x)
+    return x / 2.0 ** (math.frexp(x.abs().max().item())[1] - 1)
 
 
 def labelled(name: str, features: Any, labels: Any) -> tuple[Tensor, Tensor]:
@@ -76,9 +91,9 @@ def several_classes(labels: Tensor, name: str = "train_labels") -> None:
 def warn_if_collapsed(
     features: Tensor, name: str = "train", meaning: str = "so the accuracy is that of guessing one class", *, stacklevel: int = 3
 ) -> bool:
-    """Whether all rows are the same up to rounding; warns where they are."""
-    spread = (features - features.mean(0)).abs().max()
-    collapsed = bool(spread <= 1e-5 * features.abs().max())
+    """Whether all rows are the same up to rounding, every column by its own magnitude; warns where they are."""
+    spread = features.amax(0) - features.amin(0)
+    collapsed = bool((spread <= _ROUNDING * torch.finfo(features.dtype).eps * features.abs().amax(0)).all())
     if collapsed:
         warnings.warn(
             f"`{name}` has collapsed: all features are equal up to rounding, {meaning}. "

@@ -146,7 +146,7 @@ class Case:
         few, everything = at_most(self.everything[0], self.labels), self.everything[0]
         smallest = int(few.labels.unique(return_counts=True)[1].min())
         if "probe" in scores and smallest < 2:
-            least = math.ceil(1.5 * len(everything) / int(everything.labels.unique(return_counts=True)[1].min()))
+            least = math.ceil(2 * len(everything) / int(everything.labels.unique(return_counts=True)[1].min()))
             raise ValueError(
                 f"`labels` should give every class of {self.data} at least 2 training images, of which the probe holds one out; "
                 f"{self.labels} give a class only {smallest}. Ask for {least} or more, or leave the probe out."

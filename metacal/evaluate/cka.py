@@ -7,7 +7,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from metacal.evaluate._inputs import matrix, warn_if_collapsed
+from metacal.evaluate._inputs import matrix, scaled, warn_if_collapsed
 
 
 def cka(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
@@ -32,11 +32,12 @@ def cka(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     >>> round(cka(x, 2 * x[:, [2, 0, 1]] + 1), 6)
     1.0
     """
-    A, B = matrix("a", a).double(), matrix("b", b).double()
+    A, B = matrix("a", a), matrix("b", b)
     if len(A) != len(B):
         raise ValueError(f"`a` and `b` should have one row per image, the same images; got {len(A)} and {len(B)} rows. Encode one set.")
     undefined = "so CKA is not defined"
     if warn_if_collapsed(A, "a", undefined) or warn_if_collapsed(B, "b", undefined):
         return math.nan
-    A, B = A - A.mean(0), B.to(A) - B.to(A).mean(0)
+    A, B = scaled(A.double()), scaled(B.to(A.device).double())
+    A, B = A - A.mean(0), B - B.mean(0)
     return ((A.T @ B).square().sum() / ((A.T @ A).norm() * (B.T @ B).norm())).item()

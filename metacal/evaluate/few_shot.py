@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metacal.data.splits import by_class
-from metacal.evaluate._inputs import classes, matrix, warn_if_collapsed
+from metacal.evaluate._inputs import classes, matrix, scaled, warn_if_collapsed
 from metacal.evaluate.intervals import Interval, mean_interval
 
 
@@ -55,6 +55,7 @@ def few_shot(
             "more rows."
         )
     warn_if_collapsed(x, "features")
+    x = scaled(x)
     rng = np.random.default_rng(seed)
     target = torch.arange(ways, device=x.device)[:, None]
     accuracies = []

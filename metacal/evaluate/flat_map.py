@@ -25,13 +25,14 @@ def flat_map(features: Tensor | np.ndarray, method: Literal["pca", "tsne"] = "pc
     >>> flat_map(torch.randn(10, 5)).shape
     torch.Size([10, 2])
     """
-    x = matrix("features", features).double()
+    x = matrix("features", features)
     if method not in ("pca", "tsne"):
         raise ValueError(f"`method` should be 'pca' or 'tsne', got {method!r}.")
     if len(x) < 4 or x.shape[1] < 2:
         raise ValueError(f"`features` should have at least 4 rows and 2 dimensions to be drawn, got {tuple(x.shape)}.")
     if warn_if_collapsed(x, "features", "so the map is one point"):
         return torch.zeros(len(x), 2, dtype=torch.float64)
+    x = x.double()
     if method == "tsne":
         from sklearn.manifold import TSNE
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+_ROUNDING = 1e-9  # of the values: differences that vary less are one number
+
 
 class Interval(NamedTuple):
-    """``mean`` +- ``half_width``."""
+    """``mean`` +- ``half_width``, which :func:`paired_interval` may leave open: NaN."""
 
     mean: float
     half_width: float
@@ -35,6 +38,8 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
     """Interval of the mean of ``a - b``, pair by pair: what the seeds have in common cancels.
 
     ``a[i]`` and ``b[i]`` should share their seed. A difference whose interval excludes 0 is significant at 5%, one comparison alone.
+    The half width is NaN where all differences are one number up to rounding, as those of few seeds can be whose accuracies are counts
+    of the same images: that says nothing of how seeds vary.
 
     Errors:
         ValueError: lengths that differ, fewer than 2 pairs, or NaN or inf among them.
@@ -47,20 +52,20 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
         raise ValueError(
             f"`a` and `b` should be of one length, one pair per seed; got {len(x)} and {len(y)}. Keep the seeds that both have."
         )
-    return mean_interval((x - y).tolist())
+    mean, half_width = mean_interval((x - y).tolist())
+    return Interval(mean, half_width if np.ptp(x - y) > _ROUNDING * np.abs([x, y]).max() else math.nan)
 
 
 def paired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p-value of the paired t-test of equal means; 1 where all differences are 0, 0 where they are one other number.
+    """Two-sided p-value of the paired t-test of equal means; NaN where :func:`paired_interval` has no half width: not testable.
 
     Errors: as :func:`paired_interval`.
 
     >>> round(paired_p_value([1.0, 2.0, 3.5], [0.5, 1.0, 2.0]), 4)
     0.0742
     """
-    mean, half_width = paired_interval(a, b)
-    if half_width == 0:
-        return 1.0 if mean == 0 else 0.0
+    if math.isnan(paired_interval(a, b).half_width):
+        return math.nan
     from scipy.stats import ttest_rel
 
     return float(ttest_rel(a, b).pvalue)
@@ -70,15 +75,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number by Holm's step-down method, in the given order.
 
     The i-th smallest of n is multiplied by n - i + 1 and is at least as large as the one before; rejecting those below 0.05 makes
-    a false rejection among all of them less probable than 5%, however they depend on each other. Holm 1979.
+    a false rejection among all of them less probable than 5%, however they depend on each other. Holm 1979. NaN, of what could not be
+    tested, stays NaN and does not count.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    corrected, largest = [0.0] * len(p_values), 0.0
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    corrected, largest = [math.nan] * len(p_values), 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
 

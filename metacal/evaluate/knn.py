@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from metacal.evaluate._inputs import comparable, labelled, several_classes, warn_if_collapsed
+from metacal.evaluate._inputs import comparable, labelled, scaled, several_classes, warn_if_collapsed
 
 _CHUNK = 1024  # test rows compared at once with all training rows
 
@@ -52,8 +52,8 @@ def knn(
         raise ValueError(f"`temperature` should be positive, got {temperature}. The usual value is 0.07.")
     warn_if_collapsed(train)
 
-    keys = normalize(train, dim=1)
-    queries = normalize(test.to(keys), dim=1)
+    keys = normalize(scaled(train), dim=1)
+    queries = normalize(scaled(test).to(keys), dim=1)
     correct = 0
     for query, label in zip(queries.split(_CHUNK), test_labels.to(keys.device).split(_CHUNK), strict=True):
         similarity, nearest = (query @ keys.T).topk(k, dim=1)  # [chunk, k]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from metacal.evaluate._inputs import scaled
+
 
 def rank_me(z: Tensor) -> Tensor:
     """RankMe: the exponential of the entropy of the normalised singular values, from 1 (one direction) to min(N, d); 0-dim.
@@ -72,5 +74,4 @@ def is_collapsed(z: Tensor, *, min_std: float = 0.03, min_rank: float = 1.5) -> 
 def _matrix(z: Tensor) -> Tensor:
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"`z` should be [N, d] with N >= 2, got {tuple(z.shape)}. Flatten tasks and views first: z.flatten(0, -2).")
-    z = z.detach()
-    return z if z.dtype in (torch.float32, torch.float64) else z.float()  # SVD knows no half precision
+    return scaled(z.detach())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal, TypeAlias
 
+import torch
+
 from metacal.data import Images, load, split_per_class, split_validation
-from metacal.data.splits import stratified
+from metacal.data.splits import _shuffled_classes, stratified
 
 Split: TypeAlias = Literal["validation", "test"]
 Root: TypeAlias = "str | os.PathLike[str] | None"
@@ -30,7 +33,7 @@ def parts(name: str, split: Split, root: Root = None, download: bool = False) ->
 
 
 def episode_images(name: str, split: Split, most: int, root: Root = None, download: bool = False) -> Images:
-    """Images to draw few-shot episodes from, at most about ``most``: test images, or for "validation" training images.
+    """Images to draw few-shot episodes from, at most ``most``: test images, or for "validation" training images.
 
     Omniglot: whole characters, of the evaluation or the background alphabets.
     """
@@ -38,9 +41,22 @@ def episode_images(name: str, split: Split, most: int, root: Root = None, downlo
     return _characters(images) if name == "omniglot" else at_most(images, most)
 
 
-def at_most(images: Images, most: int) -> Images:
-    """About ``most`` of the images, stratified; all of them where there are fewer."""
-    return images if len(images) <= most else images.select(stratified(images.labels, most / len(images), _SEED)[1])
+def at_most(images: Images, most: int, name: str = "labels") -> Images:
+    """``most`` of the images, or all where there are fewer: each class's share, rounded by the largest remainder, and at least one of each.
+
+    Errors:
+        ValueError: there are more classes than ``most``, which ``name`` is the setting of.
+    """
+    if len(images) <= most:
+        return images
+    classes = [rows for _, rows in _shuffled_classes(images.labels, _SEED)]
+    if most < len(classes):
+        raise ValueError(f"`{name}` should be at least {len(classes)}, one image of every class of {images.name}; got {most}.")
+    rows = torch.cat(classes)
+    # The i-th image of a class is as urgent as its class's share exceeds i; the first of each are most of all.
+    urgency = torch.cat([len(of) * most / len(rows) - torch.arange(1.0, len(of) + 1, dtype=torch.float64) for of in classes])
+    urgency[torch.tensor([0, *map(len, classes[:-1])]).cumsum(0)] = math.inf
+    return images.select(rows[urgency.argsort(descending=True, stable=True)[:most].to(rows.device)].sort().values)
 
 
 def share(images: Images, fraction: float) -> Images:

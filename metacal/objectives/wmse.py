@@ -53,6 +53,7 @@ class WMSE(SSLObjective):
 
     def __call__(self, outputs: Outputs, carry: Tree = ()) -> Tensor:
         z = views("z", outputs.z, min_samples=2)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))  # no factorisation knows half precision
         n, _, d = z.shape
         if self.eps == 0 and n <= d:
             raise ValueError(
@@ -67,4 +68,4 @@ class WMSE(SSLObjective):
         L = torch.where(failed[:, None, None] == 0, L, torch.nan)
         white = torch.linalg.solve_triangular(L, centred.mT, upper=False)  # [m, d, n]
         white = white.permute(2, 0, 1)
-        return 2 - 2 * cross_view_cosine(white, white)
+        return (2 - 2 * cross_view_cosine(white, white)).to(outputs.z.dtype)

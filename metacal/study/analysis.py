@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from metacal.evaluate.intervals import Interval, holm, mean_interval, paired_interval, paired_p_value
 from metacal.evaluate.parts import Split
-from metacal.study.plan import Cell, Study, cells
+from metacal.study.plan import Cell, Settings, Study, cells
 from metacal.train.results import read_results, scores_on
+from metacal.train.sampling import trained_on
+from metacal.train.settings import config_of
 from metacal.train.summary import SCORES
 
 TRANSFER = "transfer probe"
-"""The measure that a study is judged by: the mean linear probe over the data sets other than the one trained on."""
+"""The measure that a study is judged by: the mean linear probe over the data sets that were not trained on."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Finding:
 class Comparison:
     """One method against the reference, at one place of the other axes, paired by seed.
 
-    ``p`` is the paired t-test's, ``p_holm`` the same corrected (Holm) for the comparisons of this method in this measure.
+    ``p`` is the paired t-test's, ``p_holm`` the same corrected (Holm) for the comparisons of this method in this measure. Where the
+    differences are one number up to rounding there is nothing to test: both are NaN, as is the half width, and the family is smaller.
     """
 
     names: Mapping[str, str]
@@ -44,7 +49,12 @@ class Comparison:
     difference: Interval
     num_seeds: int
     p: float
-    p_holm: float = float("nan")
+    p_holm: float = math.nan
+
+    @property
+    def significant(self) -> bool:
+        """Whether ``p_holm`` < 0.05, of three seeds or more: two have small p-values where their differences are near by chance alone."""
+        return self.num_seeds > 2 and self.p_holm < 0.05
 
 
 def findings(study: Study, out: str | Path) -> list[Finding]:
@@ -60,17 +70,28 @@ def findings(study: Study, out: str | Path) -> list[Finding]:
             results = read_results(Path(out) / cell.path)
             if results:
                 folders[cell.seed] = cell.path
-                for measure, value in _measures(results, cell.settings.get("data", {}).get("name", ""), study.split).items():
+                for measure, value in _measures(results, _trained_on(cell.settings), study.split).items():
                     values.setdefault(measure, {})[cell.seed] = value
         if folders:
             found.append(Finding(runs[0].names, values, folders))
     return found
 
 
-def _measures(results: Mapping[str, Any], trained_on: str, split: Split) -> dict[str, float]:
+def _trained_on(settings: Settings) -> Collection[str]:
+    """The data sets that a run of these settings reads, which may be said by a default or by how its tasks are made."""
+    told = {group: {name: settings[group][name]} for group, name in (("data", "name"), ("tc2", "tasks")) if name in settings.get(group, {})}
+    return _read_sets(json.dumps(told))
+
+
+@cache  # parsing takes a tenth of a second, and most of a study's runs are told the same
+def _read_sets(told: str) -> Collection[str]:
+    return trained_on(config_of(told))
+
+
+def _measures(results: Mapping[str, Any], own: Collection[str], split: Split) -> dict[str, float]:
     """Scores, the mean probe of the sets that were not trained on, what was measured of conflict, and the cost; accuracies in percent."""
     scores = scores_on(results, split)
-    others = [100 * by["probe"] for data, by in scores.items() if data != trained_on and "probe" in by]
+    others = [100 * by["probe"] for data, by in scores.items() if data not in own and "probe" in by]
     found: dict[str, float] = {TRANSFER: sum(others) / len(others)} if others else {}
     for data, by in scores.items():
         for score, label in SCORES.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def page(study: Study, out: str | Path, path: str | Path | None = None) -> Path:
             f"Against '{reference}', paired by seed",
             [_comparison_row(c) for c in compare(study, found, scores(found), reference)],
             note="Difference in points ± half width of its 95% interval. p: paired t-test; Holm: corrected for the comparisons of one "
-            "method in one score.",
+            "method in one score. –: the same difference with every seed, which cannot be tested. Two seeds hardly can be.",
         )
         for reference in study.references
     ]
@@ -169,7 +170,8 @@ def _scatter(c: Correlation) -> Points:
 
 def _comparison_row(c: Comparison) -> dict[str, Cell]:
     difference = (c.difference.mean, c.difference.half_width)
-    return {**c.names, "score": c.measure, "difference": difference, "seeds": c.num_seeds, "p": c.p, "Holm": c.p_holm}
+    p = {name: None if math.isnan(value) else value for name, value in (("p", c.p), ("Holm", c.p_holm))}
+    return {**c.names, "score": c.measure, "difference": difference, "seeds": c.num_seeds, **p}
 
 
 def markdown(study: Study, out: str | Path) -> str:
@@ -182,7 +184,7 @@ def markdown(study: Study, out: str | Path) -> str:
         cells_ = [_plain(_row(f, measures)[m]) for m in measures]
         lines.append("| " + " | ".join([*f.names.values(), str(len(f.folders)), *cells_]) + " |")
     for reference in study.references:
-        lines += ["", f"Difference to '{reference}' in points, paired by seed (* where Holm's p < 0.05):", ""]
+        lines += ["", f"Difference to '{reference}' in points, paired by seed (* where Holm's p < 0.05, of three seeds or more):", ""]
         compared = compare(study, found, measures, reference)
         lines += _header([*names, *measures])
         for place in dict.fromkeys(tuple(c.names.values()) for c in compared):
@@ -194,7 +196,8 @@ def markdown(study: Study, out: str | Path) -> str:
 def _difference(c: Comparison | None) -> str:
     if c is None:
         return "–"
-    return f"{c.difference.mean:+.1f} ± {c.difference.half_width:.1f}" + ("*" if c.p_holm < 0.05 else "")
+    half_width = "–" if math.isnan(c.difference.half_width) else f"{c.difference.half_width:.1f}"
+    return f"{c.difference.mean:+.1f} ± {half_width}" + ("*" if c.significant else "")
 
 
 def _header(columns: Sequence[str]) -> list[str]:

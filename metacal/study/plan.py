@@ -74,16 +74,16 @@ def load_study(path: str | Path) -> Study:
 
     Errors:
         FileNotFoundError: there is no such file.
-        ValueError: an unknown or missing key, or a value of another kind.
+        ValueError: no YAML, an unknown or missing key, or a value of another kind.
     """
-    import yaml
+    from metacal.train.settings import read_yaml
 
     path = Path(path)
     if not path.is_file():
         beside = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml")))
         there = f" {path.parent} has {beside}." if beside else ""
         raise FileNotFoundError(f"There is no study {path}. It is a YAML file with title, base, grid and seeds.{there}")
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    given = read_yaml(path)
     known = {f.name for f in fields(Study)}
     if not isinstance(given, dict) or not {"title", "base", "grid", "seeds"} <= given.keys() <= known:
         keys = sorted(given) if isinstance(given, dict) else type(given).__name__
@@ -126,16 +126,12 @@ def merged(settings: Settings, changes: Settings) -> dict[str, Any]:
 
 
 def _base(name: str) -> Settings:
-    import yaml
+    from metacal.train.settings import find, read_settings, settings_parser
 
-    from metacal.train.settings import find, settings_parser
-
-    loaded = yaml.safe_load(find(name, settings_parser()).read_text(encoding="utf-8"))
-    if not isinstance(loaded, dict):
-        raise ValueError(
-            f"`base` should be a file of settings, {name} holds {loaded or 'none'}. `metacal pretrain --print_config` prints a whole one."
-        )
-    return loaded
+    try:
+        return read_settings(find(name, settings_parser()))
+    except ValueError as error:
+        raise ValueError(f"`base`: {error}") from error
 
 
 def _require_folders(axis: str, names: Sequence[str]) -> None:

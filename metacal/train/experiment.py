@@ -130,6 +130,8 @@ def pretrain(config: Config, folder: str | Path, *, resume: bool = False, progre
         **planned,
         "images_per_step": images_per_step(config),
         "split": config.evaluate.split,
+        "labels": config.evaluate.labels,
+        "neighbours": config.evaluate.neighbours,
     }
     results = with_scores(results, judge(config, state), config.evaluate.split)
     write_results(folder, results)

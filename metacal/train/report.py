@@ -151,8 +151,13 @@ def _text(cell: float | int | tuple[float, float] | None) -> str:
     if cell is None:
         return "–"
     if isinstance(cell, tuple):
-        return f"{cell[0]:.4g} ± {cell[1]:.2g}"
+        return f"{cell[0]:.4g} ± {half_width(cell[1])}"
     return str(cell) if isinstance(cell, int) else f"{cell:.4g}"
+
+
+def half_width(value: float) -> str:
+    """Two digits, whole numbers from 100, and a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
 
 
 STYLE = """

@@ -22,6 +22,12 @@ def training_images(config: Config) -> Images:
     return split_validation(images, config.data.validation, seed=0)[0] if config.data.validation else images
 
 
+def trained_on(config: Config) -> tuple[str, ...]:
+    """The data sets that the images of a run come from."""
+    kind = config.tc2.tasks
+    return kind.sets if isinstance(kind, Domains) and kind.sets else (config.data.name,)
+
+
 def image_channels(config: Config) -> int:
     """Channels of the images that the encoder was built for."""
     return SHAPES[config.data.name][0]
@@ -36,7 +42,7 @@ def watched_images(config: Config) -> Images:
     """Some of the images that ``metacal evaluate --split validation`` judges on, in the form that the encoder takes."""
     data = config.data
     validation = parts(data.name, "validation", data.root, data.download)[1]
-    return resize(at_most(validation, config.evaluate.online), image_size(config), image_channels(config))
+    return resize(at_most(validation, config.evaluate.online, "evaluate.online"), image_size(config), image_channels(config))
 
 
 def sampler(config: Config, images: Images) -> Callable[..., Tensor]:

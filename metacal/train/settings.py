@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -45,7 +46,16 @@ class Parser(ArgumentParser):
     """Takes settings by their whole names only, and says which one was probably meant."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        # Whoever is not named is, or belongs to, the parser of the settings.
+        super().__init__(**{"allow_abbrev": False, "prog": "metacal pretrain", **options})
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """As jsonargparse's, which would take a section that is none for what a class is called with."""
+        try:
+            read_settings(path)
+        except (ValueError, OSError) as error:
+            self.error(str(error))
+        return super().parse_path(path, *args, **kwargs)
 
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
         """The defaults, without what their classes have anyway: see :func:`_left_to_class`."""
@@ -53,14 +63,18 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message with the nearest known setting, and exits with status 2."""
-        unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ['\"])([\w.]+)", message)
+        unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption ['\"])([\w.]+)", message)
         if unknown:
             group = re.search(r"Group ['\"]([\w.]+)['\"]", message)
             asked = f"{group[1]}.{unknown[1]}" if group else unknown[1]
             close = difflib.get_close_matches(asked, self._known(message), n=1, cutoff=0.5)
             if close:
                 message += f"\nThere is no setting '{asked}'; did you mean '{close[0]}'?"
-        self._print_message(f"{self.prog}: error: {message}\nFor all settings: {self.prog} --help\n", sys.stderr)
+        no_class = re.search(r"key ['\"]([\w.]+)['\"]:\s+Expected a dot import path string: (\S+)", message)
+        if no_class and (family := self._family(no_class[1])):
+            message += f"\n`{no_class[1]}` may be {', '.join(family)}, or the import path of your own; got '{no_class[2]}'."
+        prog = self.prog.replace(" [options]", "")
+        self._print_message(f"{prog}: error: {message}\nFor all settings: {prog} --help\n", sys.stderr)
         raise SystemExit(2)
 
     def _known(self, message: str) -> list[str]:
@@ -70,6 +84,11 @@ class Parser(ArgumentParser):
             (commands,) = (action.choices for action in self._actions if isinstance(action.choices, dict))
             return commands[command[1]]._known("")
         return [option.lstrip("-") for action in self._actions for option in action.option_strings]
+
+    def _family(self, setting: str) -> list[str]:
+        """The names of the classes that a setting takes."""
+        kinds = [getattr(action, "_typehint", None) for action in self._actions if action.dest == setting]
+        return sorted(child.__name__ for kind in kinds if isinstance(kind, type) for child in kind.__subclasses__())
 
 
 def configurations() -> list[str]:
@@ -82,6 +101,50 @@ def load_config(path: str | Path) -> Config:
     """The configuration that a YAML file describes; what it leaves out has its default."""
     parser = settings_parser()
     return as_config(parser.instantiate(parser.parse_path(str(path))))
+
+
+def config_of(text: str) -> Config:
+    """The configuration that settings written as YAML or JSON describe."""
+    parser = settings_parser()
+    return as_config(parser.instantiate(parser.parse_string(text)))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds.
+
+    Errors:
+        ValueError: it is not YAML; names the file and the place in it.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} should be a YAML file: {error}") from error
+
+
+def read_settings(path: str | Path) -> Mapping[str, Any]:
+    """The settings that a YAML file writes, as it writes them.
+
+    Errors:
+        ValueError: it, or one of its sections, is no mapping.
+    """
+    given = read_yaml(path)
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"{path} should be a file of settings, it holds {given or 'none'}. `metacal pretrain --print_config` prints a whole one."
+        )
+    _check_sections(Config(), given, str(path))
+    return given
+
+
+def _check_sections(like: Any, given: Mapping[str, Any], place: str) -> None:
+    for name, section in vars(like).items():
+        if isinstance(section, _SECTIONS) and name in given:
+            if not isinstance(given[name], dict):
+                first = next(iter(vars(section)))
+                raise ValueError(f"{place}: `{name}` should hold settings by name, as {name}: {{{first}: ...}}; got {given[name]!r}.")
+            _check_sections(section, given[name], f"{place}: {name}")
 
 
 def packaged(name: str, *overrides: str) -> Config:

@@ -14,7 +14,7 @@ from metacal.evaluate.parts import Split
 from metacal.train.environment import ENVIRONMENT
 from metacal.train.logs import read_metrics
 from metacal.train.pictures import Curves, Matrix, Points, Series
-from metacal.train.report import Cell, Report, Table
+from metacal.train.report import Cell, Report, Table, half_width
 from metacal.train.results import read_drawings, read_results, scores_on
 
 _MOMENTS = 6  # matrices shown of a run
@@ -126,7 +126,7 @@ def text_table(rows: Sequence[Mapping[str, Cell]]) -> str:
 
 def _text(cell: Cell) -> str:
     if isinstance(cell, tuple):
-        return f"{cell[0]:.4g} +- {cell[1]:.2g}"
+        return f"{cell[0]:.4g} +- {half_width(cell[1])}"
     return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
