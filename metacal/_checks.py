@@ -83,8 +83,9 @@ def batches(value: Any) -> None:
             )
         if isinstance(value, tuple) and all(isinstance(x, Tensor) for x in value) and len({x.shape[1:] for x in value}) > 1:
             raise TypeError(
-                f"`batches` should be a sequence with one batch per step, got a tuple of tensors of shapes {[tuple(x.shape) for x in value]}, "
-                "which looks like one batch. For one step pass [batch]; for n steps on the same batch pass metacal.repeat(batch, n)."
+                "`batches` should be a sequence with one batch per step, got a tuple of tensors of shapes "
+                f"{[tuple(x.shape) for x in value]}, which looks like one batch. For one step pass [batch]; for n steps on the same batch "
+                "pass metacal.repeat(batch, n)."
             )
         return
     raise TypeError(

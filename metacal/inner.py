@@ -328,8 +328,8 @@ def fixed_point(fn: Callable[[Tree, Tree, Tree], Tree]) -> InnerSolver:
             if "does not require grad" not in str(error):
                 raise
             raise RuntimeError(
-                f"`fn` takes a gradient of what does not require one here ({str(error).rstrip('.')}): steps are also taken where nothing is "
-                "recorded. Use torch.func.grad in it, and not torch.autograd.grad."
+                f"`fn` takes a gradient of what does not require one here ({str(error).rstrip('.')}): steps are also taken where nothing "
+                "is recorded. Use torch.func.grad in it, and not torch.autograd.grad."
             ) from error
 
     def step(state: InnerState, hparams: Tree, batch: Tree) -> InnerState:

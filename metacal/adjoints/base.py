@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def chosen(select: Select, batches: Sequence[Tree]) -> list[Tree]:
 class Adjoint(ABC):
     """Differentiates the run of an inner solver."""
 
-    derives_steps: ClassVar[bool] = False
+    derives_steps = False
     """Whether it is zero where there are no steps (:func:`metacal.stationary`)."""
 
     @property

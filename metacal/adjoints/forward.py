@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Forward(Adjoint):
 
     chunk_size: int | None = None
     max_hparams: int = 4096
-    derives_steps: ClassVar[bool] = True
+    derives_steps = True
 
     def __post_init__(self) -> None:
         lanes.check_chunk_size(self.chunk_size)
@@ -119,7 +119,7 @@ class ForwardSketch(Adjoint):
     num_directions: int
     distribution: lanes.Distribution = "rademacher"
     chunk_size: int | None = None
-    derives_steps: ClassVar[bool] = True
+    derives_steps = True
 
     def __post_init__(self) -> None:
         _checks.whole("num_directions", self.num_directions)

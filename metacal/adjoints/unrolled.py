@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class Unrolled(Adjoint):
     window: int | None = None
     segment: int | None = None
     offload: bool = False
-    derives_steps: ClassVar[bool] = True
+    derives_steps = True
 
     def __post_init__(self) -> None:
         _checks.one_of("mode", self.mode, Mode)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -52,7 +51,7 @@ class ZerothOrder(Adjoint):
     radius: float | Tensor = 0.01
     distribution: lanes.Distribution = "rademacher"
     chunk_size: int | None = 1
-    derives_steps: ClassVar[bool] = True
+    derives_steps = True
 
     def __post_init__(self) -> None:
         _checks.whole("num_directions", self.num_directions)

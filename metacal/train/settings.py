@@ -87,8 +87,8 @@ class Parser(ArgumentParser):
 
     def _family(self, setting: str) -> list[str]:
         """The names of the classes that a setting takes."""
-        kinds = [getattr(action, "_typehint", None) for action in self._actions if action.dest == setting]
-        return sorted(child.__name__ for kind in kinds if isinstance(kind, type) for child in kind.__subclasses__())
+        kinds = (getattr(action, "_typehint", None) for action in self._actions if action.dest == setting)
+        return sorted(child.__name__ for kind in kinds for child in getattr(kind, "__subclasses__", list)())
 
 
 def configurations() -> list[str]:
