@@ -43,7 +43,7 @@ def split_per_class(images: Images, sizes: Sequence[int], seed: int) -> tuple[Im
     if not sizes or min(sizes) < 1:
         raise ValueError(f"`sizes` should hold one positive number of images per class and part, got {tuple(sizes)}.")
     parts: list[list[Tensor]] = [[] for _ in sizes]
-    for label, members in _shuffled_classes(images.labels, seed):
+    for label, members in shuffled_classes(images.labels, seed):
         if len(members) < sum(sizes):
             raise ValueError(
                 f"`sizes` = {tuple(sizes)} needs {sum(sizes)} images per class; class {label} has {len(members)}. Ask for fewer."
@@ -58,7 +58,7 @@ def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tens
     if not 0 < fraction < 1:
         raise ValueError(f"`fraction` should lie between 0 and 1, both excluded; got {fraction}. For a tenth pass 0.1.")
     rest, taken = [], []
-    for label, members in _shuffled_classes(labels, seed):
+    for label, members in shuffled_classes(labels, seed):
         if len(members) < 2:
             raise ValueError(f"`images` should have at least 2 images of every class to split; class {label} has 1. Drop that class.")
         size = min(max(round(fraction * len(members)), 1), len(members) - 1)
@@ -78,7 +78,7 @@ def by_class(labels: Tensor) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(found[order])) + 1)
 
 
-def _shuffled_classes(labels: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:
+def shuffled_classes(labels: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:
     """Each class present, in the order of its label, with the shuffled indices of its images (on the labels' device)."""
     if not len(labels):
         raise ValueError("`images` should not be empty: there is nothing to split.")

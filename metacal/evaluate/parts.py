@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from metacal.data import Images, load, split_per_class, split_validation
-from metacal.data.splits import _shuffled_classes, stratified
+from metacal.data.splits import shuffled_classes, stratified
 
 Split: TypeAlias = Literal["validation", "test"]
 Root: TypeAlias = "str | os.PathLike[str] | None"
@@ -49,7 +49,7 @@ def at_most(images: Images, most: int, name: str = "labels") -> Images:
     """
     if len(images) <= most:
         return images
-    classes = [rows for _, rows in _shuffled_classes(images.labels, _SEED)]
+    classes = [rows for _, rows in shuffled_classes(images.labels, _SEED)]
     if most < len(classes):
         raise ValueError(f"`{name}` should be at least {len(classes)}, one image of every class of {images.name}; got {most}.")
     rows = torch.cat(classes)
