@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import metacal
 from metacal import _dropout, adjoints, linear, optim
+from metacal.adjoints import Implicit
 from problems import F64, central_differences, close
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -108,6 +109,9 @@ def test_a_second_backward_pass_asks_of_an_objective_what_the_first_does(inner: 
         return torch.autograd.grad(value(h, adjoints.Unrolled(), inner), h)[0]
 
     close(second, central_differences(slope, h.detach()), 1e-8)
+    implicit = Implicit(linear.GMRES(12))
+    plain, attached = (torch.autograd.grad(value(h, implicit, inner), h, create_graph=again)[0] for again in (False, True))
+    close(attached, plain, 1e-12)
 
 
 def test_a_checkpoint_under_a_transform_names_the_remedy() -> None:

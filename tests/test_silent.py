@@ -198,6 +198,20 @@ def test_zero_dimensional_params_in_float32(optimizer: Any, adjoint: metacal.Adj
     close(found, estimate(F64, Unrolled() if isinstance(adjoint, adjoints.ForwardSketch) else adjoint), 1e-4)
 
 
+def test_a_number_times_a_sum_in_float32() -> None:
+    """The float64 tangent of what has no dimensions reaches what has some."""
+
+    def estimate(dtype: torch.dtype) -> Tensor:
+        solver = metacal.fixed_point(lambda w, h, b: w - 0.1 * torch.func.grad(lambda w: (0.1 * w.sum()) ** 2 + ((w - h) ** 2).sum())(w))
+        w, h = torch.ones(3, dtype=dtype), torch.tensor(0.7, dtype=dtype)
+        found: Tensor = metacal.hypergradient(lambda w, h, b: w.square().sum(), solver, adjoints.Forward())(
+            solver.init(w, h), h, [None] * 5, None
+        ).hparams
+        return found
+
+    close(estimate(torch.float32), estimate(F64), 1e-5)
+
+
 def test_a_hessian_of_a_solve_in_float32() -> None:
     solver = metacal.descent(lambda w, h, b: (1.0 / w - h) ** 2, optim.adam(0.05))
 
