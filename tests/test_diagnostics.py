@@ -335,6 +335,169 @@ def test_a_planted_defect_is_found(defect: str) -> None:
     assert words in str(result), result
 
 
+class BadSquare(torch.autograd.Function):
+    """x^2, whose backward pass says 3x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] * g
+
+
+BAD: Callable[[Tensor], Tensor] = BadSquare.apply
+
+
+def of_leaves(inner: Callable[[Tree, Tree], Tensor], outer: Callable[[Tree, Tree], Tensor], params: Tree, **hparams: Tensor) -> Problem:
+    p, off_batches = PROBLEMS["zero_dim"], lambda fn: lambda w, h, b: fn(w, h)
+    return dataclasses.replace(p, inner=off_batches(inner), outer=off_batches(outer), params=params, hparams=hparams, step_size=0.1)
+
+
+def pulled(w: Tensor, h: Tree) -> Tensor:
+    return (w - h["large"]).square().sum() / 2
+
+
+def direct(influence: float) -> Problem:
+    outer = lambda w, h: w.square().sum() + influence * BAD(h["small"])  # noqa: E731
+    return of_leaves(pulled, outer, f64(0.0, 0.0), large=f64(10.0, 20.0), small=f64(0.3))
+
+
+SMALL_AND_WRONG: dict[str, tuple[Problem, str]] = {
+    "on the way": (
+        of_leaves(
+            lambda w, h: pulled(w, h) + 5e-5 * BAD(h["small"]) * w.sum(),
+            lambda w, h: w.square().sum(),
+            f64(0.0, 0.0),
+            large=f64(100.0, 200.0),
+            small=f64(0.3),
+        ),
+        "`hparams` at 'small'",
+    ),
+    "direct": (direct(1e-6), "`hparams` at 'small'"),
+    "initial params": (
+        of_leaves(
+            lambda w, h: pulled(w["large"], h) + w["small"] ** 2,
+            lambda w, h: w["large"].sum() ** 2 + 1e-6 * BAD(w["small"]),
+            {"large": f64(0.0, 0.0), "small": f64(0.3)},
+            large=f64(10.0, 20.0),
+        ),
+        "`params` at 'small'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_AND_WRONG)
+def test_a_leaf_is_judged_by_its_own_part_of_the_gradient(name: str) -> None:
+    """It is half too large, and below a millionth of the whole."""
+    p, where = SMALL_AND_WRONG[name]
+    result = checked(p, adjoints.Unrolled(), 5)
+    assert (result.verdict, result.ok) == ("wrong", False), result
+    assert where in result.headline, result
+    (d,) = (d for d in result.directions if str(d) == where)
+    assert d.estimate == pytest.approx(1.5 * d.promised.value, rel=0.05)
+    assert abs(d.estimate) <= 1e-6 * max(abs(d.estimate) for d in result.directions)
+
+
+@pytest.mark.parametrize(("influence", "verdict"), [(3e-9, "undecided"), (1e-18, "right")])
+def test_a_leaf_that_rounding_hides_is_undecided_and_named(influence: float, verdict: str) -> None:
+    """Whether it is hidden from the small steps alone, which then cannot confirm what large ones say, or from all."""
+    result = checked(direct(influence), adjoints.Unrolled(), 5)
+    assert result.verdict == verdict, result
+    assert "Undecided along `hparams` at 'small'" in str(result)
+    assert ("over larger steps" in result.headline) == (verdict == "undecided")
+
+
+def test_sixteen_leaves_have_a_direction_of_their_own_those_without_a_gradient_first() -> None:
+    def inner(w: Tensor, h: Tree, b: Any) -> Tensor:
+        return sum(((w - (x if i % 7 else x.detach())) ** 2 for i, x in enumerate(h)), f64(0.0))
+
+    h = [f64(0.1 * i + 0.1) for i in range(40)]
+    p = dataclasses.replace(PROBLEMS["zero_dim"], inner=inner, outer=lambda w, h, b: w**2, hparams=h, step_size=0.01)
+    first, second, other = (checked(p, adjoints.Unrolled(), num_directions=1, seed=seed) for seed in (0, 0, 1))
+    leaves = [[int(d.path) for d in result.directions if d.path] for result in (first, second, other)]
+    assert leaves[0] == leaves[1] != leaves[2]
+    assert all(len(set(found)) == 16 and found == sorted(found) and set(found) >= set(range(0, 40, 7)) for found in leaves)
+    assert first.verdict == "wrong"
+
+
+def test_where_differences_cannot_tell_the_exact_unroll_has_to_agree() -> None:
+    """An offset whose rounding in float32 leaves differences good to some percent: an error of one percent is within them."""
+    p = PROBLEMS["logistic_exp_reg"]
+    names = ("params", "hparams", "batches", "outer_batch")
+    offset = dataclasses.replace(
+        p, outer=lambda w, h, b: p.outer(w, h, b) + 10, **{name: tree.to(getattr(p, name), torch.float32) for name in names}
+    )
+    off = checked(offset, Scaled(adjoints.Unrolled(), 1.01), num_directions=4)
+    assert (off.verdict, off.ok) == ("undecided", False), off
+    assert off.relative_error < 3e-3, "the hparams' error is hidden by the params' part"
+    assert "the exact unroll" in off.headline
+    assert "float32" in str(off)
+    for right in (adjoints.Unrolled(mode="graph"), adjoints.Forward()):
+        assert checked(offset, right, num_directions=4).verdict == "right"
+
+
+def test_a_method_may_be_right_where_the_exact_unroll_is_not() -> None:
+    """All of the gradient is half too large in the objective's own backward pass, and the method takes that back."""
+    inner = lambda w, h, b: (w - BAD(h)) ** 2  # noqa: E731
+    p = dataclasses.replace(PROBLEMS["zero_dim"], inner=inner, outer=lambda w, h, b: w**2, params=f64(0.0), hparams=f64(0.7))
+    result = checked(p, Scaled(adjoints.Unrolled(), 2 / 3))
+    assert result.verdict == "right", result
+    assert result.relative_error == pytest.approx(1 / 3, rel=0.01)
+    assert float(result.headline.rsplit(" ", 1)[1].rstrip(".")) < 1e-6, result
+    assert checked(p, adjoints.Unrolled()).verdict == "wrong"
+
+
+@pytest.mark.parametrize("name", ["a stationary point", "signs"])
+def test_a_derivative_that_is_zero_need_not_be_a_closure(name: str) -> None:
+    """What central differences say: w_T - 3 is zero for h = 3, and steps that take signs do not see a small change."""
+    start = f64(3.0, 3.0) if name == "a stationary point" else f64(0.0, 0.0)
+    p = dataclasses.replace(
+        PROBLEMS["zero_dim"], inner=lambda w, h, b: ((w - h) ** 2).sum(), outer=lambda w, h, b: ((w - 3) ** 2).sum(), params=start,
+        hparams=f64(3.0, 3.0),
+    )  # fmt: skip
+    solver = metacal.descent(p.inner, optim.sgd(0.1) if name == "a stationary point" else optim.lion(0.1))
+    result = checked(p, adjoints.Forward(), solver=solver)
+    assert (result.verdict, result.ok) == ("no effect", False), result
+    assert "does not change" not in str(result)
+    assert "derivative zero here: at a stationary point of the outer value, or behind steps that take signs" in str(result)
+
+
+def test_without_a_run_there_is_nothing_to_compare_with() -> None:
+    p = PROBLEMS["one_element"]
+    for bias in (None, 0.1):
+        result = checked(p, adjoints.Implicit(linear.CG(1)), 1, solver=metacal.stationary(p.inner), bias=bias)
+        assert (result.verdict, result.ok) == ("biased", bias is None), result
+        assert math.isnan(result.relative_error)
+        assert "nan" not in str(result)
+
+
+def test_hparams_may_require_grad() -> None:
+    p = PROBLEMS["multi_leaf"]
+    params, hparams = tree.map(lambda x: x.clone().requires_grad_(), (p.params, p.hparams))
+    learned = dataclasses.replace(p, params=params, hparams=hparams)
+    for adjoint in (adjoints.Unrolled(), adjoints.SAMA(), adjoints.Implicit(linear.CG(2))):
+        assert str(checked(learned, adjoint)) == str(checked(p, adjoint))
+
+
+def test_params_may_be_large_beside_the_length_over_which_the_value_varies() -> None:
+    """Then their own rounding is that of the value: 1e-10 of params of 1e6, whatever the value's size."""
+    inner, outer = lambda w, h, b: ((w - h) ** 2).sum(), lambda w, h, b: w.sin().sum()
+    far = dataclasses.replace(PROBLEMS["zero_dim"], inner=inner, outer=outer, params=f64(0.0, 0.0), hparams=f64(1e6, 1e6), step_size=0.1)
+    assert checked(far, adjoints.Unrolled(), 50).verdict in ("right", "undecided")
+    assert checked(far, Scaled(adjoints.Unrolled(), 1.01), 50).verdict == "wrong"
+    for difference in (central_difference, close_difference):
+        value, error = difference(lambda s: math.sin((1e6 + 1e-5 * s) - 1e6), F64, 1e6)
+        assert abs(value - 1e-5) <= 3 * error
+
+
 def test_a_nan_that_became_a_number_is_found() -> None:
     p = dataclasses.replace(PROBLEMS["zero_dim"], inner=lambda w, h, b: -(w**4) - w * h)
     solver = metacal.descent(p.inner, optim.sgd(5.0))

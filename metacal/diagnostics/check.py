@@ -8,6 +8,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ def check(
         num_directions: random directions in the hparams, and as many in the initial params where the method estimates them.
             Where there are several leaves, each gets one more of its own and is judged relative to itself: 16 of them at most,
             those whose gradient is exactly zero first, the rest drawn. Each leaf moves in proportion to its size.
-        rtol: the relative error that counts as agreement; by default eps^(3/8), 1e-6 in float64 and 3e-3 in float32. What the
-            differences cannot tell apart always agrees.
+        rtol: the relative error that counts as agreement; by default eps^(3/8), 1e-6 in float64 and 3e-3 in float32. Of a method
+            without a bias, what the differences cannot tell from the exact unroll has to agree with that, or is undecided.
         bias: the largest relative distance to the exact unroll at which a biased method is still ``ok``; by default any.
         num_draws: of a method that draws directions of its own.
         seed: of the directions.
@@ -193,22 +194,29 @@ class _Check:
     # The comparison.
 
     def _evidence(self, hg: HyperGradient, stats: dict[str, float]) -> Evidence:
-        p, promised, scale = self.problem, promise(self.estimate.adjoint, self.problem), self._scale(hg)
+        p, promised = self.problem, promise(self.estimate.adjoint, self.problem)
         draws, exact = self._draws(hg), self._unrolled()
-        directions = tuple(self._along(*direction, promised, scale, draws, exact) for direction in self._directions(hg))
-        error, cosine = _apart(draws, exact)
+        # Rounding is relative to the outer value, and to what that owes to its arguments: they are rounded too.
+        owed = tree.map(torch.mul, (p.hparams, hg.state.params), (hg.hparams, p.cotangent()))
+        scale = math.hypot(float(hg.value), float(tree.norm(owed)), promised.scale)
+
+        def along(which: Which, path: str, u: Tree) -> Direction:
+            found = [_dot(getattr(hg, which), u) for hg in draws]
+            unrolled = math.nan if exact is None else _dot(getattr(exact, which), u)
+            standard_error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+            return Direction(which, path, statistics.fmean(found), *_differences(p, which, u, promised, scale), unrolled, standard_error)
+
+        directions = tuple(along(*direction) for direction in self._directions(hg))
+        error, angle = (math.nan, math.nan) if exact is None else _apart(draws, exact)
         if math.isnan(error):  # nothing can differentiate this run: what differences say of the distance
             error = norm(d.estimate - d.exact.value for d in directions) / (norm(d.exact.value for d in directions) or math.nan)
         return Evidence(
             adjoint=self.estimate.adjoint,
-            bias=promised.bias,
-            slack=promised.slack,
+            promise=promised,
             scale=scale,
-            defined=promised.defined,
             directions=directions,
             relative_error=error,
-            cosine=cosine,
-            linear_residual=math.nan if promised.linear_residual is None else promised.linear_residual,
+            cosine=angle,
             stats=stats,
             num_draws=len(draws),
             steps_move=self._differ(hg.state.params, p.state.params),
@@ -236,30 +244,13 @@ class _Check:
             wide = tree.to(like, torch.float64)
             return tree.map(lambda x, w: _size(x) * torch.randn(x.shape, generator=generator, dtype=w.dtype).to(x), like, wide)
 
-        hparams: tuple[Which, Tree, Tree] = "hparams", self.problem.hparams, hg.hparams
-        params: tuple[Which, Tree, Tree] = "params", self.problem.state.params, hg.params
-        for which, at, gradient in (hparams, params):
-            if not tree.num_elements(gradient):
-                continue
-            yield from ((which, "", random(at)) for _ in range(self.num_directions))
-            (u, treedef), g, paths = tree.flatten(random(at)), tree.leaves(gradient), tree.paths(at)
-            drawn = torch.randperm(len(u), generator=generator).tolist()
-            for i in sorted(sorted(drawn, key=lambda i: bool(g[i].any()))[:_LEAVES]) if len(u) > 1 else ():
-                yield which, paths[i], tree.unflatten(treedef, [x if j == i else torch.zeros_like(x) for j, x in enumerate(u)])
-
-    def _along(
-        self, which: Which, path: str, u: Tree, promised: Promise, scale: float, draws: list[HyperGradient], exact: HyperGradient | None
-    ) -> Direction:
-        found = [_dot(getattr(hg, which), u) for hg in draws]
-        differences = _differences(self.problem, which, u, promised, scale)
-        unrolled = math.nan if exact is None else _dot(getattr(exact, which), u)
-        standard_error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
-        return Direction(which, path, statistics.fmean(found), *differences, unrolled, standard_error)
-
-    def _scale(self, hg: HyperGradient) -> float:
-        """What rounding is relative to: the outer value, and what it owes to the hparams and to the final params, rounded too."""
-        at, by = (self.problem.hparams, hg.state.params), (hg.hparams, self.problem.cotangent())
-        return math.hypot(float(hg.value), float(tree.norm(tree.map(torch.mul, at, by))))
+        for which, at in zip(get_args(Which), (self.problem.hparams, self.problem.state.params), strict=True):
+            if tree.num_elements(getattr(hg, which)):
+                yield from ((which, "", random(at)) for _ in range(self.num_directions))
+                (u, treedef), g, paths = tree.flatten(random(at)), tree.leaves(getattr(hg, which)), tree.paths(at)
+                drawn = torch.randperm(len(u), generator=generator).tolist()
+                for i in sorted(sorted(drawn, key=lambda i: bool(g[i].any()))[:_LEAVES]) if len(u) > 1 else ():  # zeros first
+                    yield which, paths[i], tree.unflatten(treedef, [x if j == i else torch.zeros_like(x) for j, x in enumerate(u)])
 
     def _closer(self, e: Evidence, hg: HyperGradient) -> Evidence:
         """Differences once more, over steps too small for most kinks: in float64, if the problem runs in it."""
@@ -271,7 +262,7 @@ class _Check:
             if _coarsest(p) != torch.float64:  # no step is small enough to be believed alone
                 claimed = Difference(claimed.value, claimed.error + abs(claimed.value - d.promised.value))
             directions.append(d._replace(promised=claimed, exact=exact, direct=direct))
-        contested = tuple(close for d, close in zip(e.directions, directions, strict=True) if not e.agrees(d))
+        contested = tuple(pair for pair in zip(e.directions, directions, strict=True) if not e.agrees(pair[0]))
         return dataclasses.replace(e, directions=tuple(directions), contested=contested)
 
     def _in_double(self, p: Replay, promised: Promise) -> tuple[Replay, Promise]:
@@ -280,7 +271,8 @@ class _Check:
         double = dataclasses.replace(p, state=state, hparams=hparams, batches=batches, outer_batch=outer_batch)
         try:
             found = promise(self.estimate.adjoint, double)
-            same = not self._differ(_at(double, found), _at(p, promised))
+            at = (torch.tensor(to.value(q.state.params, q.hparams), dtype=torch.float64) for q, to in ((double, found), (p, promised)))
+            same = not self._differ(*at)
         except Exception:  # an objective that closes over float32 tensors
             return p, promised
         return (double, found) if same else (p, promised)
@@ -321,15 +313,8 @@ def _coarsest(p: Replay) -> torch.dtype:
     return max((leaf.dtype.to_real() for leaf in leaves), key=lambda d: torch.finfo(d).eps, default=torch.get_default_dtype())
 
 
-def _at(p: Replay, promised: Promise) -> Tensor:
-    return torch.tensor(promised.value(p.state.params, p.hparams), dtype=torch.float64)
-
-
-_Differentiate = Callable[[Callable[[float], float], torch.dtype, float], Difference]
-
-
 def _differences(
-    p: Replay, which: Which, u: Tree, promised: Promise, scale: float, by: _Differentiate = central_difference
+    p: Replay, which: Which, u: Tree, promised: Promise, scale: float, by: Callable[..., Difference] = central_difference
 ) -> tuple[Difference, Difference, Difference]:
     """Along ``u``: of what is promised, of the outer value after the run, and of its direct part."""
 
@@ -362,10 +347,8 @@ def cosine(got: Tree, truth: Tree) -> float:
     return _dot(got, truth) / size if size else math.nan
 
 
-def _apart(draws: list[HyperGradient], exact: HyperGradient | None) -> tuple[float, float]:
-    """Relative error and cosine to the exact unroll over all that is estimated; NaN where there is none."""
-    if exact is None:
-        return math.nan, math.nan
+def _apart(draws: list[HyperGradient], exact: HyperGradient) -> tuple[float, float]:
+    """Relative error and cosine to the exact unroll over all that is estimated."""
     got, truth = ((_mean(hgs, "hparams"), _mean(hgs, "params") if tree.leaves(draws[0].params) else ()) for hgs in (draws, [exact]))
     return relative_error(got, truth), cosine(got, truth)
 

@@ -31,14 +31,16 @@ class Promise(NamedTuple):
     """``value``'s derivative is what the method computes.
 
     ``bias`` says how that differs from the derivative of the steps taken, "" where it does not. ``slack`` is the relative error
-    that belongs to the method even so. ``linear_residual`` is that of the linear system, measured; None where there is none.
-    ``defined`` is False for an adjoint of one's own, which is held to the derivative of the steps taken.
+    that belongs to the method even so. ``linear_residual`` is that of the linear system, measured; NaN where there is none.
+    Rounding of ``value`` is relative to ``scale`` where that is larger than the value. ``defined`` is False for an adjoint of one's
+    own, which is held to the derivative of the steps taken.
     """
 
     value: Value
     bias: str = ""
     slack: float = 0.0
-    linear_residual: float | None = None
+    linear_residual: float = math.nan
+    scale: float = 0.0
     defined: bool = True
 
 
@@ -93,25 +95,25 @@ class Replay:
 
         return value
 
-    def finite_difference(self, v: Tree, radius: float | Tensor, batches: Sequence[Tree]) -> Value:
+    def finite_difference(self, v: Tree, radius: float | Tensor, batches: Sequence[Tree]) -> Promise:
         """``outer(w, h) - (L(w + eps v, h) - L(w - eps v, h)) / (2 eps)`` at the final params w, ``eps = radius / |v|``."""
         end, descent = self._end(), self.solver.descent
         assert descent is not None
         size = float(tree.norm(v))
         eps = float(radius) / (size or 1.0)
+        self._judge(end, end.state.params, self.hparams)
+        noise = _random.noise(end.state.params)  # both sides see what comes after the outer objective
+
+        def loss(s: float, hparams: Tree) -> float:
+            _random.restore(noise)
+            w = tree.axpy(s, v, end.state.params)
+            return math.fsum(float(descent.objective(w, hparams, b, end.state.carry)[0]) for b in batches) / len(batches)
 
         def value(params: Tree, hparams: Tree) -> float:
-            direct = self._judge(end, end.state.params, hparams)
-            noise = _random.noise(end.state.params)  # both sides see what comes after the outer objective
+            return self._judge(end, end.state.params, hparams) - (loss(eps, hparams) - loss(-eps, hparams)) / (2 * eps)
 
-            def loss(s: float) -> float:
-                _random.restore(noise)
-                w = tree.axpy(s, v, end.state.params)
-                return math.fsum(float(descent.objective(w, hparams, b, end.state.carry)[0]) for b in batches) / len(batches)
-
-            return direct - (loss(eps) - loss(-eps)) / (2 * eps)
-
-        return value
+        bias = "it takes the last step alone, its second-order product by a difference of finite radius"
+        return Promise(value, bias, scale=abs(loss(0.0, self.hparams)) / eps)
 
     def through_the_last_update(self, ct: Tree) -> Tree:
         """``D ct`` with ``D = -(d update / d gradient)^T`` of the last step."""
@@ -191,12 +193,10 @@ def promise(adjoint: Adjoint, replay: Replay) -> Promise:
             return _implicit(adjoint, replay)
         case adjoints.FiniteDifference():
             v = tree.scale(adjoint.step_size, replay.cotangent())
-            value = replay.finite_difference(v, adjoint.radius, chosen(adjoint.select, replay.batches))
-            return Promise(value, f"it takes {_ONE_STEP}")
+            return replay.finite_difference(v, adjoint.radius, chosen(adjoint.select, replay.batches))
         case adjoints.SAMA():
             v = replay.through_the_last_update(replay.cotangent())
-            value = replay.finite_difference(v, adjoint.radius, chosen(adjoint.select, replay.batches))
-            return Promise(value, f"it takes {_ONE_STEP}")
+            return replay.finite_difference(v, adjoint.radius, chosen(adjoint.select, replay.batches))
         case adjoints.ZerothOrder():
             return Promise(replay.run, slack=0.05)  # O(radius^2), of a run that is smooth at that scale
         case adjoints.Unrolled() | adjoints.Forward() | adjoints.ForwardSketch():
@@ -205,7 +205,6 @@ def promise(adjoint: Adjoint, replay: Replay) -> Promise:
             return Promise(replay.run, defined=False)
 
 
-_ONE_STEP = "the last step alone, its second-order product by a difference of finite radius"
 RANDOM = (adjoints.ForwardSketch, adjoints.ZerothOrder)
 """What draws directions of its own."""
 

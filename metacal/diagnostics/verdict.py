@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metacal.adjoints import Adjoint, Implicit
 from metacal.diagnostics.differences import Difference
+from metacal.diagnostics.promise import Promise
 
 Verdict = Literal["right", "biased", "random", "wrong", "unreliable", "undecided", "no effect", "not finite", "not repeatable"]
 Which = Literal["hparams", "params"]
@@ -90,27 +91,23 @@ class Evidence:
     """The numbers of a check: those of a :class:`CheckResult`, and what is known of the method and of the run.
 
     Attributes:
-        bias: what the method leaves out by definition; "" if nothing.
-        slack: the relative error that belongs to the method by definition.
+        promise: what the method computes by definition.
         scale: what rounding is relative to.
-        defined: whether it is known what the method computes; else it is held to the derivative of the steps taken.
         num_draws: of a random method, else 1.
         steps_move: the steps change the params.
         steps_draw: the steps draw random numbers.
         warned: what the method says itself against its number (:class:`metacal.linear.UnreliableHypergradient`).
         dtype, rtol, allowed_bias: of the comparison.
-        contested: where larger steps spoke against the estimate; the differences are then those of :func:`close_difference`.
+        contested: the directions along which larger steps spoke against the estimate, as they were and as they are now; the
+            differences are then those of :func:`close_difference`.
     """
 
     adjoint: Adjoint
-    bias: str
-    slack: float
+    promise: Promise
     scale: float
-    defined: bool
     directions: tuple[Direction, ...]
     relative_error: float
     cosine: float
-    linear_residual: float
     stats: dict[str, float]
     num_draws: int
     steps_move: bool
@@ -119,7 +116,7 @@ class Evidence:
     dtype: torch.dtype
     rtol: float
     allowed_bias: float | None
-    contested: tuple[Direction, ...] = ()
+    contested: tuple[tuple[Direction, Direction], ...] = ()
 
     @property
     def name(self) -> str:
@@ -127,9 +124,8 @@ class Evidence:
         return describe(self.adjoint)
 
     def relative(self, d: Direction, error: float) -> float:
-        """An error relative to the largest of the derivatives along directions like ``d``: a leaf is judged by itself."""
-        alike = (other for other in self.directions if (other.which, other.path) == (d.which, d.path))
-        size = max(max(other.size, abs(other.exact.value), other.promised.error) for other in alike)
+        """An error relative to the largest of the derivatives along directions like ``d``."""
+        size = max(max(other.size, abs(other.exact.value), other.promised.error) for other in self.directions if other.which == d.which)
         return error / size if size else math.inf if error else 0.0
 
     def precision(self, d: Direction) -> float:
@@ -144,26 +140,19 @@ class Evidence:
     def agrees(self, d: Direction) -> bool:
         """Whether the estimate is what the method promises, as far as rounding, differences and draws can tell."""
         rounding = 10 * torch.finfo(self.dtype).eps * self.scale
-        tolerance = (self.rtol + self.slack) * d.size + 3 * d.promised.error + 5 * d.standard_error + rounding
+        tolerance = (self.rtol + self.promise.slack) * d.size + 3 * d.promised.error + 5 * d.standard_error + rounding
         return abs(d.estimate - d.promised.value) <= tolerance
 
     def doubtful(self, d: Direction) -> bool:
         """Whether the exact unroll is another number than the estimate, and differences cannot tell which of the two is right."""
         apart = not self.agrees(d._replace(promised=Difference(d.unrolled, 0.0)))
-        return not self.bias and apart and self.agrees(d._replace(estimate=d.unrolled))
+        return not self.promise.bias and apart and self.agrees(d._replace(estimate=d.unrolled))
 
 
 def judge(e: Evidence) -> CheckResult:
     """The verdict: what speaks against the numbers comes first, then the method's own errors, then what is left out."""
-    found = _judged(e)
-    return dataclasses.replace(
-        found,
-        directions=e.directions,
-        relative_error=e.relative_error,
-        cosine=e.cosine,
-        linear_residual=e.linear_residual,
-        stats=e.stats,
-    )
+    numbers: dict[str, Any] = {name: getattr(e, name) for name in ("directions", "relative_error", "cosine", "stats")}
+    return dataclasses.replace(_judged(e), **numbers, linear_residual=e.promise.linear_residual)
 
 
 def _judged(e: Evidence) -> CheckResult:
@@ -175,9 +164,8 @@ def _judged(e: Evidence) -> CheckResult:
     wrong = [d for d in e.directions if not e.agrees(d)]
     if wrong:
         d = max(wrong, key=lambda d: e.relative(d, abs(d.estimate - d.promised.value)))
-        numbers = f"{d.estimate:.6g}, central differences {d.promised.value:.6g} ± {d.promised.error:.1g}"
-        what = "what it defines" if e.defined else "the derivative of the steps that were taken"
-        headline = f"{e.name} is not {what}: along {d} it gives {numbers}."
+        what = "what it defines" if e.promise.defined else "the derivative of the steps that were taken"
+        headline = f"{e.name} is not {what}: along {d} it gives {d.estimate:.6g}, central differences {d.promised}."
         return CheckResult("wrong", False, headline, (*_suspicions(e), *_notes(e)))
     # The initial params' own part says nothing for the hparams; it is judged where there are none.
     asked = [d for d in e.directions if d.which == "hparams"] or e.directions
@@ -191,49 +179,43 @@ def _judged(e: Evidence) -> CheckResult:
         headline = f"{e.name} is what it defines, on a problem where that means little."
         return CheckResult("unreliable", False, headline, (*trouble, *_notes(e)))
     precision = min(e.precision(d) for d in asked if not d.path)
-    if headline := next(_undecided(e, precision), ""):
+    if headline := next(_undecided(e, asked, precision), ""):
         return CheckResult("undecided", False, headline, (_rounding(e), *_notes(e)))
     coarse = (f"Central differences are good to {percent(precision)} only here. {_rounding(e)}",) if precision > e.rtol else ()
     if e.contested:
         coarse = (f"{_KINKS} Smaller ones tell along {len(e.telling)} of {len(e.directions)} directions.",)
-    if isinstance(e.adjoint, Implicit) and e.slack > 100 * e.rtol:
+    if isinstance(e.adjoint, Implicit) and e.promise.slack > 100 * e.rtol:
         ill = "Rounding moves the linear solver's answer by {}: the system is ill-conditioned, and the check no finer than that."
-        coarse = (*coarse, ill.format(percent(e.slack / 10)))
+        coarse = (*coarse, ill.format(percent(e.promise.slack / 10)))
     if e.num_draws > 1:
-        spread = max(e.relative(d, d.standard_error) for d in e.directions if not d.path) * math.sqrt(e.num_draws)
+        spread = max(e.relative(d, d.standard_error) for d in e.directions) * math.sqrt(e.num_draws)
         headline = (
             f"{e.name} is right in the mean of {e.num_draws} draws, within their standard error; one draw is off by {percent(spread)}."
         )
-        return CheckResult("random", True, headline, (*_because(e.bias), *coarse, *_notes(e)))
-    if not e.bias or e.relative_error <= e.rtol:
-        agreement = max(e.relative(d, abs(d.estimate - d.promised.value)) for d in e.telling)
-        agreement = max(agreement, e.relative_error) if e.bias else agreement
-        headline = f"{e.name} equals the derivative of the steps that were taken, to {agreement:.0e}."
+        return CheckResult("random", True, headline, (*_because(e.promise.bias), *coarse, *_notes(e)))
+    if not e.promise.bias or e.relative_error <= e.rtol:
+        found = max(e.relative_error if e.promise.bias else 0.0, *(e.relative(d, abs(d.estimate - d.promised.value)) for d in e.telling))
+        headline = f"{e.name} equals the derivative of the steps that were taken, to {found:.0e}."
         return CheckResult("right", True, headline, (*coarse, *_notes(e)))
     allowed = e.allowed_bias is None or e.relative_error <= e.allowed_bias
     over = () if allowed else (f"That is not within the {percent(e.allowed_bias or 0.0)} that `bias` allows.",)
     angle = "" if math.isnan(e.cosine) else f" (cosine {e.cosine:.3f})"
     distance = "" if math.isnan(e.relative_error) else f", and differs from the exact unroll by {percent(e.relative_error)}{angle}"
     headline = f"{e.name} is {_right_for(e)}{distance or '; there is no exact unroll to compare with'}."
-    return CheckResult("biased", allowed, headline, (*over, *_because(e.bias), *_parts_of_the_bias(e), *coarse, *_notes(e)))
+    return CheckResult("biased", allowed, headline, (*over, *_because(e.promise.bias), *_parts_of_the_bias(e), *coarse, *_notes(e)))
 
 
-def _undecided(e: Evidence, precision: float) -> Iterator[str]:
+def _undecided(e: Evidence, asked: Sequence[Direction], precision: float) -> Iterator[str]:
     """What keeps one from saying anything."""
     if precision > 0.1:
         yield f"central differences are good to {percent(precision)} only, so little can be said of {e.name}."
-    for d in e.contested:
-        if d not in e.telling:
-            yield f"central differences over large steps speak against {e.name} along {d}, those over small ones cannot tell."
-    for d in filter(e.doubtful, e.directions):
-        yield (
-            f"along {d} {e.name} gives {d.estimate:.6g}, the exact unroll {d.unrolled:.6g}; central differences, good to "
-            f"{percent(e.precision(d))}, cannot tell which is right."
-        )
+    against = [(d, f"differences over larger steps {before.promised}") for before, d in e.contested if d in asked and e.precision(d) > 0.1]
+    for d, other in (*against, *((d, f"the exact unroll {d.unrolled:.6g}") for d in e.directions if e.doubtful(d))):
+        yield f"{e.name} gives {d.estimate:.6g} along {d}, {other}; central differences, {d.promised}, cannot tell which is right."
 
 
 def _right_for(e: Evidence) -> str:
-    if isinstance(e.adjoint, Implicit) and e.linear_residual <= e.rtol and not _damped(e.adjoint):
+    if isinstance(e.adjoint, Implicit) and e.promise.linear_residual <= e.rtol and not _damped(e.adjoint):
         return "right for the solution"
     return "what it defines"
 
@@ -252,11 +234,11 @@ def _parts_of_the_bias(e: Evidence) -> Iterator[str]:
     distance = e.stats.get("residual_norm", math.nan)
     if distance > e.rtol:
         yield f"The inner solve is not converged (residual_norm {distance:.2g}): take more inner steps."
-    if e.linear_residual > e.rtol:
-        yield f"The linear system is not solved (residual {e.linear_residual:.2g}): {describe(e.adjoint.solver)} needs more steps."
+    if e.promise.linear_residual > e.rtol:
+        yield f"The linear system is not solved (residual {e.promise.linear_residual:.2g}): {describe(e.adjoint.solver)} needs more steps."
     if _damped(e.adjoint):
         yield f"Damping {describe(e.adjoint.damping)} is added to the diagonal of the system."
-    if not (distance > e.rtol or e.linear_residual > e.rtol or _damped(e.adjoint)):
+    if not (distance > e.rtol or e.promise.linear_residual > e.rtol or _damped(e.adjoint)):
         yield "The equation that `select` defines is not the one that the steps solve: other batches, or other noise."
 
 
@@ -264,8 +246,8 @@ def _trouble(e: Evidence) -> Iterator[str]:
     """Why an implicit hypergradient, computed as it is defined, means little."""
     yield from e.warned
     reported = e.stats.get("linear_residual", math.nan)
-    if e.linear_residual > max(10 * reported, 100 * e.rtol):
-        yield f"The linear solver reports a residual of {reported:.2g}; measured by one more product it is {e.linear_residual:.2g}."
+    if e.promise.linear_residual > max(10 * reported, 100 * e.rtol):
+        yield f"The linear solver reports a residual of {reported:.2g}; measured by one more product it is {e.promise.linear_residual:.2g}."
 
 
 def _suspicions(e: Evidence) -> Iterator[str]:
@@ -317,7 +299,7 @@ def _factor(
 def _notes(e: Evidence) -> Iterator[str]:
     """Of leaves whose gradient is zero, and of those of which nothing can be said."""
     leaves = [d for d in e.directions if d.path]
-    for d in (d for d in leaves if d.which == "hparams" and d.estimate == 0):
+    for d in (d for d in leaves if d.which == "hparams" and d.estimate == 0 and e.relative(d, d.exact.error) <= 0.1):
         if _vanishes(d.exact):
             yield f"Along {d} nothing changes: is a copy of it closed over, or is it not used?"
         elif _vanishes(d.promised):
@@ -334,12 +316,10 @@ _KINKS = "Kinks or jumps are close (ReLU, L1, clipping): differences over large 
 
 
 def _rounding(e: Evidence) -> str:
-    if e.contested:
-        return _KINKS
     if e.dtype == torch.float64:
-        return "The value is rough at the scale of the differences: kinks, chaos, or something that rounds."
-    name = str(e.dtype).removeprefix("torch.")
-    return f"Rounding in {name} limits what can be said: repeat with metacal.tree.to(..., torch.float64)."
+        return _KINKS if e.contested else "The value is rough at the scale of the differences: kinks, chaos, or something that rounds."
+    limits = f"Rounding in {str(e.dtype).removeprefix('torch.')} limits what can be said: repeat with metacal.tree.to(..., torch.float64)."
+    return f"{_KINKS} {limits}" if e.contested else limits
 
 
 def _vanishes(d: Difference) -> bool:
