@@ -11,6 +11,8 @@ from metacal import single_loop as single_loop
 from metacal import tasks as tasks
 from metacal import tc2 as tc2
 from metacal import tree as tree
+from metacal._objective import microbatched as microbatched
+from metacal._objective import with_aux as with_aux
 from metacal._typing import Objective as Objective
 from metacal.adjoints import Adjoint as Adjoint
 from metacal.adjoints import Cotangents as Cotangents
@@ -30,12 +32,10 @@ from metacal.estimate import solve as solve
 from metacal.inner import Descent as Descent
 from metacal.inner import InnerSolver as InnerSolver
 from metacal.inner import InnerState as InnerState
-from metacal.inner import descent as descent
-from metacal.inner import fixed_point as fixed_point
-from metacal.inner import microbatched as microbatched
-from metacal.inner import proximal as proximal
 from metacal.inner import run as run
-from metacal.inner import stationary as stationary
-from metacal.inner import with_aux as with_aux
 from metacal.modules import Functional as Functional
 from metacal.modules import functional as functional
+from metacal.solvers import descent as descent
+from metacal.solvers import fixed_point as fixed_point
+from metacal.solvers import proximal as proximal
+from metacal.solvers import stationary as stationary

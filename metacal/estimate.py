@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from metacal import _ambient, _checks, _random, derivatives, tree
+from metacal._objective import WithAux
 from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.adjoints.base import Pullback
 from metacal.batches import constant, listed
-from metacal.inner import InnerSolver, InnerState, Rest, WithAux, run
+from metacal.inner import InnerSolver, InnerState, Rest, run
 
 
 class HyperGradient(NamedTuple):

@@ -20,8 +20,9 @@ from metacal.adjoints.base import Pullback
 from metacal.batches import repeat
 from metacal.bilevel import BilevelOptimizer, BilevelState, meta_initialisation
 from metacal.estimate import HyperGradient
-from metacal.inner import FirstBad, InnerSolver, InnerState, advance, descent, proximal, run
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance, run
 from metacal.optim import OptimizerLike
+from metacal.solvers import descent, proximal
 
 TaskLoss = Callable[[Tree, Tree], Tensor]
 Tasks = Literal["loop", "vmap", "auto"]

@@ -16,7 +16,8 @@ from metacal.data import batch_indices, to_float
 from metacal.evaluate._inputs import classes, known_classes, several_classes
 from metacal.evaluate.encode import features
 from metacal.evaluate.freeze import frozen
-from metacal.inner import descent, run
+from metacal.inner import run
+from metacal.solvers import descent
 
 
 class FineTuned(NamedTuple):

@@ -11,8 +11,9 @@ from torch import Tensor
 from metacal import derivatives, tree
 from metacal._typing import Tree
 from metacal.batches import repeat
-from metacal.inner import descent, run
+from metacal.inner import run
 from metacal.optim import sgd
+from metacal.solvers import descent
 from metacal.tc2.calibrate import Identity
 from metacal.tc2.conflict import cosines, measure_conflict, monitors, transfer_matrix
 from metacal.tc2.method import MethodState, present

@@ -30,8 +30,9 @@ from metacal._typing import Objective, Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.batches import repeat
 from metacal.bilevel import BilevelOptimizer, BilevelState, Tasks, meta_initialisation, nested
-from metacal.inner import InnerSolver, descent, proximal
+from metacal.inner import InnerSolver
 from metacal.optim import GradientTransformation, sgd
+from metacal.solvers import descent, proximal
 from metacal.tc2.calibrate import Identity, Networks
 from metacal.tc2.factors import check_num_factors
 from metacal.tc2.losses import CalibrationLoss, stable
