@@ -86,9 +86,10 @@ class Parser(ArgumentParser):
         return [option.lstrip("-") for action in self._actions for option in action.option_strings]
 
     def _family(self, setting: str) -> list[str]:
-        """The names of the classes that a setting takes."""
+        """The names of the library's classes that a setting takes."""
         kinds = (getattr(action, "_typehint", None) for action in self._actions if action.dest == setting)
-        return sorted(child.__name__ for kind in kinds for child in getattr(kind, "__subclasses__", list)())
+        children = [child for kind in kinds for child in getattr(kind, "__subclasses__", list)()]
+        return sorted(child.__name__ for child in children if child.__module__.startswith("metacal."))
 
 
 def configurations() -> list[str]:
