@@ -128,7 +128,11 @@ def _in_forward_mode() -> bool:
 
 
 def _with_its_tangent(x: Tensor) -> Tensor:
-    """A copy, with a tangent of the same dtype: torch.func's of ``number * y`` is float64 for a 0-dim y, and lerp and matmul want one."""
+    """x with a tangent of its own dtype: torch.func's of ``number * y`` is float64 for a 0-dim y, and lerp and matmul want one."""
+    if not torch._C._functorch.is_batchedtensor(x):  # vmap does not let one look
+        tangent = forward_ad.unpack_dual(x).tangent
+        if tangent is None or tangent.dtype == x.dtype:
+            return x
     return x.to(x.dtype, copy=True)
 
 
