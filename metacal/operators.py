@@ -36,7 +36,10 @@ from metacal.derivatives import (
 
 @dataclass
 class _Seen:
-    """What is known of one objective's operations. Never of another's, however alike their code is: what they close over may differ."""
+    """What was seen of one solver: of its objective's operations, and whether its optimizer's settings are constants.
+
+    Never of another's, however alike their code is: what they close over may differ.
+    """
 
     has_forward_mode: bool = True
     has_plain_dual_numbers: bool = True
