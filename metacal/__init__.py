@@ -13,6 +13,7 @@ from metacal import tc2 as tc2
 from metacal import tree as tree
 from metacal._objective import microbatched as microbatched
 from metacal._objective import with_aux as with_aux
+from metacal._objective import with_carry as with_carry
 from metacal._typing import Objective as Objective
 from metacal.adjoints import Adjoint as Adjoint
 from metacal.adjoints import Cotangents as Cotangents

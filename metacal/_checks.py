@@ -122,9 +122,7 @@ def left_alone(**arguments: Tree) -> Iterator[None]:
         if (now := _versions(value)) != before[name]:
             path = next(path for path, a, b in zip(tree.paths(value), before[name], now, strict=True) if a != b)
             where = f"`{name}`" + (f" at '{path}'" if path else "")
-            raise ValueError(
-                f"`objective` changed its {where} in place, and steps are taken again from it. {_INSTEAD.get(name, _COPY)}"
-            )
+            raise ValueError(f"`objective` changed its {where} in place, and steps are taken again from it. {_INSTEAD.get(name, _COPY)}")
 
 
 def _versions(value: Tree) -> list[int]:

@@ -17,15 +17,58 @@ from metacal._typing import Objective, Tree
 class WithAux:
     """An objective that returns ``(loss, dict of named tensors)``: see :func:`with_aux`."""
 
-    objective: Callable[[Tree, Tree, Tree], tuple[Tensor, dict[str, Tensor]]]
+    objective: Any
 
     def __call__(self, params: Tree, hparams: Tree, batch: Tree, /) -> tuple[Tensor, dict[str, Tensor]]:
         return self.objective(params, hparams, batch)
 
 
-def with_aux(objective: Callable[[Tree, Tree, Tree], tuple[Tensor, dict[str, Tensor]]]) -> WithAux:
+def with_aux(objective: Any) -> WithAux:
     """Marks an objective that returns ``(loss, dict of named tensors to log)``; ``HyperGradient.aux`` carries the outer one's."""
     return WithAux(objective)
+
+
+@dataclass(frozen=True)
+class WithCarry:
+    """An outer objective that reads the carry: see :func:`with_carry`."""
+
+    objective: Callable[[Tree, Tree, Tree, Tree], Tensor]
+
+
+def with_carry(outer: Callable[[Tree, Tree, Tree, Tree], Tensor]) -> WithCarry:
+    """Marks an outer objective ``(params, hparams, batch, carry) -> loss`` that also reads the carry which the inner run ends with.
+
+    So a network is judged in evaluation mode, with the running statistics that its training left. Like all of a carry they are
+    constants to the hypergradient: what the hparams do to the loss through them is not estimated. To log as well:
+    ``with_aux(with_carry(outer))``.
+
+    >>> import torch, metacal
+    >>> inner = lambda w, h, b, carry: (((w - h) ** 2).sum(), carry + 1)
+    >>> solver = metacal.descent(inner, metacal.optim.sgd(0.25), carry=torch.zeros(()))
+    >>> outer = metacal.with_carry(lambda w, h, b, steps: steps * w.sum())
+    >>> estimate = metacal.hypergradient(outer, solver, metacal.adjoints.Unrolled())
+    >>> h = torch.tensor([1.0])
+    >>> estimate(solver.init(torch.zeros(1), h), h, metacal.repeat(None, 2), None).hparams  # w = h (1 - 1/4), after 2 steps
+    tensor([1.5000])
+    """
+    if isinstance(outer, (WithAux, WithCarry)):
+        raise TypeError(
+            f"`outer` should be a function (params, hparams, batch, carry) -> scalar, got {type(outer).__name__}. To log as well, mark "
+            "it the other way round: with_aux(with_carry(outer))."
+        )
+    return WithCarry(outer)
+
+
+def value_and_aux(outer: Any, params: Tree, hparams: Tree, batch: Tree, carry: Tree) -> tuple[Tensor, dict[str, Tensor]]:
+    """The outer objective where a run ended, and what it logs."""
+    logs = isinstance(outer, WithAux)
+    objective = outer.objective if logs else outer
+    if isinstance(objective, WithCarry):
+        with _checks.left_alone(carry=carry):
+            found = objective.objective(params, hparams, batch, carry)
+    else:
+        found = objective(params, hparams, batch)
+    return _checks.pair("outer", found, "(loss, dict of tensors to log), as with_aux says") if logs else (found, {})
 
 
 @dataclass(frozen=True)

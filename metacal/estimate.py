@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from metacal import _ambient, _checks, _random, derivatives, tree
-from metacal._objective import WithAux
+from metacal._objective import value_and_aux
 from metacal._safe import nonzero
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
@@ -97,8 +97,9 @@ def differentiate(
     _refuse_learned_constants(solver, state, hparams)
     ambient = _ambient.present(state.params)
     final, pullback = adjoint.vjp(solver, state, hparams, inner_batches, memory=memory)
+    carry = tree.detach(final.carry)
     value, aux, (d_params, direct) = derivatives.value_and_grad(
-        lambda w, h: value_and_aux(outer, w, h, outer_batch), final.params, hparams, name="outer"
+        lambda w, h: value_and_aux(outer, w, h, outer_batch, carry), final.params, hparams, name="outer"
     )
     with _ambient.again(ambient):  # the outer objective may have put a module into another mode
         cotangents = pullback(d_params)
@@ -112,14 +113,6 @@ def share(part: Tree, rest: Tree) -> Tensor:
     """``|part| / (|part| + |rest|)``, 0 where there is nothing."""
     size = tree.norm(part)
     return size / nonzero(size + tree.norm(rest))
-
-
-def value_and_aux(outer: Any, params: Tree, hparams: Tree, batch: Tree) -> tuple[Tensor, dict[str, Tensor]]:
-    """The outer objective, and what it logs."""
-    if not isinstance(outer, WithAux):
-        return outer(params, hparams, batch), {}
-    value, aux = _checks.pair("outer", outer(params, hparams, batch), "(loss, dict of tensors to log), as with_aux says")
-    return value, aux
 
 
 def check_parts(solver: Any, adjoint: Any) -> None:

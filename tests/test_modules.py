@@ -290,6 +290,65 @@ def test_hypergradients_with_batchnorm_as_carry(adjoint: str) -> None:
     close(hg.state.carry["1.running_var"], plain["1.running_var"], 1e-12)
 
 
+@pytest.mark.parametrize("adjoint", ["mixed", "reverse", "graph", "forward", "implicit", "first order"])
+@pytest.mark.parametrize("logs", [False, True])
+def test_an_outer_objective_in_evaluation_mode_reads_the_statistics_that_the_run_left(adjoint: str, logs: bool) -> None:
+    """Value, hypergradient and direct term are those of a plain loop's network in eval mode, its statistics held constant."""
+    net = normalised()
+    judged = copy.deepcopy(net).eval()
+    xs, ys, xv, yv = torch.randn(3, 8, 3), torch.randint(0, 2, (3, 8)), torch.randn(8, 3), torch.randint(0, 2, (8,))
+    f, judge, cross_entropy = metacal.functional(net), metacal.functional(judged), nn.functional.cross_entropy
+
+    def inner(p: Any, h: Any, b: Any, carry: Any) -> tuple[Tensor, Any]:
+        out, carry = f.apply(p, b[0] * h["scale"], carry=carry)
+        return cross_entropy(out, b[1]) + 0.05 * sum(v.square().sum() for v in p.values()), carry
+
+    def judgement(p: Any, h: Any, b: Any, carry: Any) -> Any:
+        loss = cross_entropy(judge.apply(p, b[0] * h["scale"], carry=carry)[0], b[1])
+        return (loss, {"seen": carry["1.num_batches_tracked"].double()}) if logs else loss
+
+    outer: Any = metacal.with_carry(judgement)
+    outer = metacal.with_aux(outer) if logs else outer
+    chosen: Any = {
+        "implicit": adjoints.Implicit(linear.Dense()), "forward": adjoints.Forward(), "first order": adjoints.FirstOrder()
+    }.get(adjoint) or adjoints.Unrolled(mode=adjoint)  # type: ignore[arg-type]  # fmt: skip
+    hparams, batches = {"scale": torch.full((3,), 1.1)}, list(zip(xs, ys, strict=True))
+    solver = metacal.descent(inner, optim.sgd(0.1), carry=f.buffers)
+    hg = metacal.hypergradient(outer, solver, chosen)(solver.init(f.params, hparams), hparams, batches, (xv, yv))
+    assert hg.aux == ({"seen": 3.0} if logs else {})
+
+    reference = copy.deepcopy(net)
+    optim_loop(reference, [(x * 1.1, y) for x, y in batches])
+    reference.eval()
+    close(hg.value, cross_entropy(reference(xv * 1.1), yv), 1e-12)
+    last = {name: b.clone() for name, b in reference.named_buffers()}
+
+    def plain(p: Any, h: Any, b: Any) -> Tensor:
+        values = {**p, **last}
+        return cross_entropy(torch.func.functional_call(reference, values, b[0] * h["scale"]), b[1])
+
+    def pure(p: Any, h: Any, b: Any) -> Tensor:
+        return inner(p, h, b, f.buffers)[0]
+
+    h = {"scale": torch.full((3,), 1.1, requires_grad=True)}
+    w = loop(pure, OPTIMIZERS["sgd"], tree_map(torch.clone, f.params), h, batches)
+    if adjoint == "implicit":
+        w = tree_map(torch.Tensor.detach, w)
+        close(hg.hparams, implicit_gradient(pure, plain, w, h, batches[-1], (xv, yv), direct_solve).hparams, 1e-9)
+        return
+    w = tree_map(torch.Tensor.detach, w) if adjoint == "first order" else w
+    (truth,) = torch.autograd.grad(plain(w, h, (xv, yv)), h["scale"])
+    close(hg.hparams["scale"], truth)
+    if adjoint == "mixed" and not logs:
+        report = metacal.check(metacal.hypergradient(outer, solver, chosen), solver.init(f.params, hparams), hparams, batches, (xv, yv))
+        assert report.verdict == "right"
+
+
+def test_with_carry_goes_inside_of_with_aux() -> None:
+    with pytest.raises(TypeError, match=r"with_aux\(with_carry\(outer\)\)"):
+        metacal.with_carry(metacal.with_aux(lambda w, h, b, c: (w.sum(), {})))
+
+
 def optim_loop(net: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
     """The same inner training on the module itself."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -896,6 +896,24 @@ def test_carried_state_and_logs(row: Row) -> None:
     assert bool(torch.isfinite(hg.value))
 
 
+@every_algorithm
+def test_the_outer_objective_reads_the_carry(row: Row) -> None:
+    """A carry that counts to one and an outer objective that multiplies by it: the steps of the objective without, bit by bit."""
+
+    def ending_in_one(p: Tree, h: Tree, b: Tree, carry: Tree) -> tuple[Tensor, Tree]:
+        return inner(p, h, b), {"one": carry["one"] * 0 + 1}
+
+    reading = metacal.with_carry(lambda p, h, b, carry: carry["one"] * outer(p, h, b))
+    found = []
+    for objective, carry in ((outer, None), (reading, {"one": f64(1.0)})):
+        solver = metacal.descent(inner if carry is None else ending_in_one, optim.sgd(0.2), carry=carry)
+        opt = row.build(objective, solver, optim.sgd(0.3))
+        torch.manual_seed(0)
+        state, hg = steps(row, opt, opt.init(*START), 0, 2)
+        found.append((state.hparams, state.inner.params, hg.value, hg.hparams))
+    close(tree.leaves(found[1]), tree.leaves(found[0]), 0.0)
+
+
 def test_schedules_of_the_linear_rate_count_outer_steps() -> None:
     opt = standard(ROWS["soba"], step_size=lambda t: 0.3 * (t == 1))
     state, _ = steps(ROWS["soba"], opt, opt.init(*START), 0, 1)

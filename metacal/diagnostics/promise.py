@@ -10,17 +10,18 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metacal import _random, adjoints, derivatives, linear, tree
+from metacal._objective import value_and_aux
 from metacal._typing import Tree
 from metacal.adjoints import Adjoint
 from metacal.adjoints.base import chosen
 from metacal.adjoints.equation import Theta
-from metacal.estimate import value_and_aux
 from metacal.inner import InnerSolver, InnerState, advance
 
 Value = Callable[[Tree, Tree], float]
@@ -62,6 +63,11 @@ class Replay:
     batches: Sequence[Tree]
     outer_batch: Tree
     noise: _random.Noise
+
+    @cached_property
+    def carry(self) -> Tree:
+        """What the outer objective reads of it: that of the run as it is, which is a constant to a hypergradient."""
+        return self._end().state.carry
 
     def run(self, params: Tree, hparams: Tree) -> float:
         """The outer value after all the steps."""
@@ -130,7 +136,7 @@ class Replay:
         """``d outer / d w`` at the final params."""
         end = self._end()
         _random.restore(end.noise)
-        outer = lambda w: value_and_aux(self.outer, w, self.hparams, self.outer_batch)  # noqa: E731
+        outer = lambda w: value_and_aux(self.outer, w, self.hparams, self.outer_batch, end.state.carry)  # noqa: E731
         return derivatives.value_and_grad(outer, end.state.params, name="outer")[2][0]
 
     def system(self, adjoint: adjoints.Implicit) -> tuple[linear.LinearMap, linear.LinearMap]:
@@ -170,8 +176,9 @@ class Replay:
         return _Point(state, _random.noise(state.params))
 
     def _judge(self, end: _Point, params: Tree, hparams: Tree) -> float:
+        carry = self.carry  # may take the steps, which draw
         _random.restore(end.noise)
-        return float(value_and_aux(self.outer, params, hparams, self.outer_batch)[0])
+        return float(value_and_aux(self.outer, params, hparams, self.outer_batch, carry)[0])
 
     def _residual(self, params: Tree, hparams: Tree, theta: Theta, noise: _random.Noise) -> Tree:
         """F, the mean over ``theta.batches``, with the carry at the end of the run."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from metacal import _random, derivatives, tree
+from metacal._objective import value_and_aux
 from metacal._typing import Tree
-from metacal.estimate import value_and_aux
 from metacal.inner import Descent, FirstBad, InnerSolver, InnerState
 
 
@@ -48,14 +48,18 @@ class Objectives:
     objective: Any
     descent: Descent
 
-    def outer(self, w: Tree, h: Tree, batch: Tree) -> Outer:
+    def outer(self, state: InnerState, h: Tree, batch: Tree) -> Outer:
         """f with its two gradients. Work: one gradient."""
-        value, aux, (f_w, f_h) = derivatives.value_and_grad(lambda w, h: value_and_aux(self.objective, w, h, batch), w, h, name="outer")
+        value, aux, (f_w, f_h) = derivatives.value_and_grad(self._outer(state, batch), state.params, h, name="outer")
         return Outer(value, aux, f_w, f_h)
 
-    def outer_params(self, w: Tree, h: Tree, batch: Tree) -> Tree:
+    def outer_params(self, state: InnerState, h: Tree, batch: Tree) -> Tree:
         """f_w alone. Work: one gradient."""
-        return derivatives.value_and_grad(lambda w: value_and_aux(self.objective, w, h, batch), w, constants=h, name="outer")[2][0]
+        f = self._outer(state, batch)
+        return derivatives.value_and_grad(lambda w: f(w, h), state.params, constants=h, name="outer")[2][0]
+
+    def _outer(self, state: InnerState, batch: Tree) -> Callable[[Tree, Tree], tuple[Tensor, dict[str, Tensor]]]:
+        return lambda w, h: value_and_aux(self.objective, w, h, batch, state.carry)
 
     def inner(self, state: InnerState, h: Tree, batch: Tree) -> Inner:
         """g with its two gradients. Work: one gradient."""

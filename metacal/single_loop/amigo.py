@@ -61,7 +61,7 @@ def amigo(
         h, v = state.hparams, state.adjoint
         (rho,) = now(state, step_size)
         inner, g_w = both.descend(state.inner, h, steps, bad)
-        f = both.outer(inner.params, h, outer_batch)
+        f = both.outer(inner, h, outer_batch)
         for batch in linear:
             residual = tree.sub(both.hessian(inner, h, batch, v), f.params)
             v = tree.axpy(-rho, residual, v)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from metacal import _checks, derivatives, optim, tree
+from metacal._objective import value_and_aux
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.batches import constant
 from metacal.bilevel import BilevelOptimizer, BilevelState
-from metacal.estimate import HyperGradient, value_and_aux
+from metacal.estimate import HyperGradient
 from metacal.inner import FirstBad, InnerSolver, InnerState, advance
 from metacal.optim import OptimizerLike
 
@@ -151,7 +152,7 @@ def _evolution(
             inner, u = lane
             h, bad = tree.axpy(radius, u, hparams), FirstBad()
             inner = advance(solver, inner, h, inner_batches, 0, len(inner_batches), bad)
-            value, aux = value_and_aux(outer, inner.params, h, outer_batch)
+            value, aux = value_and_aux(outer, inner.params, h, outer_batch, inner.carry)
             value, aux = tree.map(lambda x: 1.0 * x, (_checks.scalar("outer", value), aux))  # they may be counts
             return (inner, value, aux, bad.step()), ()
 

@@ -81,7 +81,7 @@ def f2sa(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, penalty: Hyp
                 _random.restore(noise)
                 gradient, carry = both.descent.gradient(y.params, h, batch, y.carry)
                 if j:
-                    gradient = tree.axpy(j / lam, both.outer_params(y.params, h, outer_batch), gradient)
+                    gradient = tree.axpy(j / lam, both.outer_params(y, h, outer_batch), gradient)
                 copies[j] = both.follow(y, h, gradient, carry)
                 if j == 1:
                     size = tree.norm(gradient)
@@ -93,7 +93,7 @@ def f2sa(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, penalty: Hyp
             _random.restore(noise)
             indirect.append(tree.scale(weights[j] * lam, both.inner(y, h, last).hparams))
             if j:
-                f_j = both.outer(y.params, h, outer_batch)
+                f_j = both.outer(y, h, outer_batch)
                 direct.append(tree.scale(weights[j] * j, f_j.hparams))
             if j == 1:
                 f = f_j

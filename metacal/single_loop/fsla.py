@@ -66,7 +66,7 @@ def fsla(
 
         inner, g_w = both.descend(old, h, steps, bad)
         noise = _random.noise(inner.params)
-        f = both.outer(inner.params, h, outer_batch)
+        f = both.outer(inner, h, outer_batch)
         residual = tree.sub(both.hessian(inner, h, linear, v), f.params)
         v_new = tree.axpy(-rho, residual, v)
 
@@ -76,7 +76,7 @@ def fsla(
         _random.restore(between)
         Jv_old = both.products(old, state.adjoint["hparams"], cross, v)[1]
         _random.restore(noise)
-        f_old = both.outer(old.params, state.adjoint["hparams"], outer_batch)
+        f_old = both.outer(old, state.adjoint["hparams"], outer_batch)
         _random.restore(after)
 
         estimate, estimate_old = tree.sub(f.hparams, Jv), tree.sub(f_old.hparams, Jv_old)

@@ -163,7 +163,7 @@ def _double_momentum(
 
         def estimate(inner: InnerState, h: Tree) -> _Estimate:
             g_w, carry = both.descent.gradient(inner.params, h, first, inner.carry)
-            f = both.outer(inner.params, h, outer_batch)
+            f = both.outer(inner, h, outer_batch)
             v, residual, products = solve(inner, h, factors, f.params)
             Jv = both.products(inner, h, cross, v)[1]
             stats = {"gradient_norm": tree.norm(g_w)} | ({} if residual is None else {"linear_residual": residual})

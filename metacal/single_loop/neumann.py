@@ -66,7 +66,7 @@ def stocbio(
         h = state.hparams
         (a,) = now(state, step_size)
         inner, g_w = both.descend(state.inner, h, steps, bad)
-        f = both.outer(inner.params, h, outer_batch)
+        f = both.outer(inner, h, outer_batch)
         v, last_term = series(both, inner, h, factors, f.params, a)
         Jv = both.products(inner, h, cross, v)[1]
         stats = {
@@ -126,7 +126,7 @@ def ttsa(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, step_size: H
         (a,) = now(state, step_size)
         p = truncation(num_terms)
         inner, g_w = both.descend(state.inner, h, steps, bad)
-        f = both.outer(inner.params, h, outer_batch)
+        f = both.outer(inner, h, outer_batch)
         v = sampled(both, inner, h, factors[:p], f.params, a, num_terms)
         Jv = both.products(inner, h, cross, v)[1]
         stats = {

@@ -146,7 +146,7 @@ def scalebio(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, penalty:
         w, u, h = state.inner, state.adjoint, state.hparams
         lam = count(0, h) + now(state, penalty)[0]
         q = _gap(both, w, u, h, batch)
-        f = both.outer(w.params, h, outer_batch)
+        f = both.outer(w, h, outer_batch)
         w = both.follow(w, h, tree.axpy(1 / lam, f.params, q.gradient[0]), q.here.carry)
         u = both.follow(u, h, q.there.params, q.there.carry)
         return Move(w, u, tree.axpy(lam, q.gradient[1], f.hparams), f, _stats(q.there.params, q, lam, f))
@@ -192,7 +192,7 @@ def _gap_descent(
         inner, h = state.inner, state.hparams
         end, _ = both.descend(inner, h, steps, bad)
         q = _gap(both, inner, end, h, last)
-        f = both.outer(inner.params, h, outer_batch)
+        f = both.outer(inner, h, outer_batch)
         lam = weight(state, f, q)
         direction = tree.axpy(lam, q.gradient, (f.params, f.hparams))
         # The optimizer state stays the initial one, from which every copy starts.

@@ -71,7 +71,7 @@ def saba(
         inner, h, v = state.inner, state.hparams, state.adjoint["v"]
         (rho,) = now(state, step_size)
         g = both.linear(inner, h, batch, v)
-        f = both.outer(inner.params, h, outer_batch)
+        f = both.outer(inner, h, outer_batch)
         (g_w, Hv, Jv), inner_table = _saga(state.adjoint["inner"], i, (g.gradient, g.Hv, g.Jv))
         (f_w, f_h), outer_table = _saga(state.adjoint["outer"], j, (f.params, f.hparams))
         residual = tree.sub(Hv, f_w)

@@ -58,7 +58,7 @@ def soba(outer: Any, solver: InnerSolver, optimizer: OptimizerLike, step_size: H
         inner, h, v = state.inner, state.hparams, state.adjoint
         (rho,) = now(state, step_size)
         g = both.linear(inner, h, batch, v)
-        f = both.outer(inner.params, h, outer_batch)
+        f = both.outer(inner, h, outer_batch)
         residual = tree.sub(g.Hv, f.params)
         stats = {
             "gradient_norm": tree.norm(g.gradient),
