@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.measure import Row
 from benchmarks.targets import least, right
+from metacal.diagnostics.verdict import percent
 
 NEAR = 0.5
 """Further off than this, relatively, an estimate is none of the number."""
@@ -80,6 +81,4 @@ def _over(row: Row) -> str:
 
 
 def _percent(x: float | None) -> str:
-    if x is None:
-        return "an unknown amount"
-    return f"{100 * x:.2g}%" if 1e-4 <= x < 10 else f"{x:.1e}"
+    return "an unknown amount" if x is None else percent(x)

@@ -19,3 +19,8 @@ def nonzero(x: Tensor) -> Tensor:
 def unit(z: Tensor) -> Tensor:
     """``z / |z|`` along the last axis, as ``z / sqrt(|z|^2 + 1e-12)``: zero, with finite derivatives, at zero."""
     return z * (z.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: factorisations and statistics want more than half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

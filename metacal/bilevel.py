@@ -82,7 +82,7 @@ def nested(outer: Any, solver: InnerSolver, adjoint: Adjoint, optimizer: Optimiz
         hparams, opt_state = _moved("hparams", transformation, hg.hparams, state.opt_state, state.hparams)
         return BilevelState(hg.state if warm_start else state.inner, hparams, opt_state, memory, state.step + 1), hg
 
-    return _framed(init, step)
+    return framed(init, step)
 
 
 def meta_initialisation(
@@ -155,10 +155,10 @@ def meta_initialisation(
             opt_state = (params_state, hparams_state)
         return BilevelState(state.inner._replace(params=params), learned, opt_state, state.adjoint, state.step + 1), hg
 
-    return _framed(init, step)
+    return framed(init, step)
 
 
-def _framed(init: _Init, step: _Step) -> BilevelOptimizer:
+def framed(init: _Init, step: _Step) -> BilevelOptimizer:
     """The pair. Outside of transforms it follows no graph and leaves none, so that memory does not grow over outer steps."""
 
     def cut(value: Any) -> Any:

@@ -23,7 +23,7 @@ _DESCRIPTION = """Task conflict calibration (TC²) for self-supervised learning,
   metacal pretrain tc2_fashion_mnist --seed 1     train by a packaged configuration (or a path to your own YAML file)
   metacal evaluate RUN --data mnist,omniglot      judge a run's frozen encoder on other data sets (--scores all: every way)
   metacal report RUN [RUN ...]                    one HTML page about one or several runs
-  metacal study STUDY.yaml            a grid of runs over methods and seeds, with paired tests, as one page
+  metacal study STUDY.yaml                        a grid of runs over methods and seeds, with paired tests, as one page
   metacal together tc2_digits --seeds 1 2 3       several seeds of one configuration in one process, side by side
   metacal methods                                 every hypergradient method: what it estimates, its bias, cost and memory
 
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     import argparse
 
+    from metacal.evaluate import SCORES
     from metacal.train.settings import Parser, settings_parser
 
     parser = Parser(prog="metacal", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,8 +100,7 @@ def _parser() -> Parser:
     evaluate.add_argument(
         "--labels", type=int | None, default=None, help="training images with labels, at most, if not the run's own number"
     )
-    scores = "probe, knn, monitors, few_shot, fine_tune, logme, h_score, transrate, leep, nce, cka, or all"
-    evaluate.add_argument("--scores", type=str, default="probe,knn,monitors", help=f"separated by commas, of {scores}")
+    evaluate.add_argument("--scores", type=str, default="probe,knn,monitors", help=f"separated by commas, of {', '.join(SCORES)}, or all")
     evaluate.add_argument("--against", type=str | None, default=None, help="folder of the run whose encoder CKA compares with")
     evaluate.add_argument("--map", type=str, default="pca", choices=["pca", "tsne", "none"], help="what is drawn; none draws nothing")
     commands.add_subcommand("evaluate", evaluate, help="judge a run on data sets")
@@ -171,7 +171,7 @@ def _evaluate(parser: Parser, parsed: Namespace) -> None:
         asked = [name for name in SCORES if name != "cka" or against is not None]
     names = _names(given["data"]) if given["data"] else config.evaluate.data or (config.data.name,)
     labels = config.evaluate.labels if given["labels"] is None else given["labels"]
-    if labels is not None and labels < 2:
+    if labels < 2:
         raise ValueError(f"`--labels` should be at least 2, of which one is held out to choose the probe's strength; got {labels}.")
     split, root, download = given["split"], config.data.root, config.data.download
     neighbours, source = config.evaluate.neighbours, config.data.name

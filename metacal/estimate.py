@@ -17,7 +17,7 @@ from metacal._typing import Tree
 from metacal.adjoints import Adjoint, Unrolled
 from metacal.adjoints.base import Pullback
 from metacal.batches import constant, listed
-from metacal.inner import InnerSolver, InnerState, Rest, run
+from metacal.inner import InnerSolver, InnerState, rest, run
 
 
 class HyperGradient(NamedTuple):
@@ -123,7 +123,7 @@ def check_parts(solver: Any, adjoint: Any) -> None:
         )
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"`adjoint` should be one of metacal.adjoints with its settings, such as Unrolled(), got {adjoint!r}.")
-    if adjoint.derives_steps and isinstance(solver.step, Rest):
+    if adjoint.derives_steps and solver.step is rest:
         raise ValueError(
             f"`adjoint` should derive a solution where there are no steps (metacal.stationary): the derivative of {type(adjoint).__name__} "
             "would be zero. Use adjoints.Implicit(linear.CG(20))."

@@ -146,12 +146,9 @@ class DescentStep:
         return after
 
 
-@dataclass(frozen=True)
-class Rest:
+def rest(state: InnerState, hparams: Tree, batch: Tree) -> InnerState:
     """No step: the params are where they belong."""
-
-    def __call__(self, state: InnerState, hparams: Tree, batch: Tree) -> InnerState:
-        return state
+    return state
 
 
 @dataclass(frozen=True, eq=False)

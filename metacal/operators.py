@@ -157,14 +157,12 @@ def _products(loss: Loss, params: Tree, hparams: Tree, batch: Tree, carry: Tree,
                     products, moved = engine(loss, params, hparams, piece, carry, direction, variables)
                 if engine is _reverse_over_reverse or loss.seen.has_forward_mode:
                     break
-                if before is not None:
-                    _random.restore(before)
             except (RuntimeError, NotImplementedError) as error:
                 if engine is _reverse_over_reverse:
                     raise
                 _remember_or_raise(loss, error)
-                if before is not None:
-                    _random.restore(before)
+            if before is not None:
+                _random.restore(before)
         carry = moved
         products = released(products, keep_graph)
         total = products if total is None else tree.add(total, products)

@@ -11,7 +11,7 @@ from torch import Tensor
 from metacal import _checks, _compile, operators, optim, tree
 from metacal._objective import as_loss
 from metacal._typing import Objective, Tree
-from metacal.inner import Descent, DescentStep, Gradient, InnerSolver, InnerState, Rest, linearised_of, pullback_of, step_of
+from metacal.inner import Descent, DescentStep, Gradient, InnerSolver, InnerState, linearised_of, pullback_of, rest, step_of
 from metacal.optim import OptimizerLike
 
 
@@ -145,4 +145,4 @@ def stationary(objective: Objective) -> InnerSolver:
     >>> torch.autograd.grad(w.sum(), h)  # - b / (1 + h)^2
     (tensor(-0.5000),)
     """
-    return descent(objective, optim.sgd(0.0))._replace(step=Rest())
+    return descent(objective, optim.sgd(0.0))._replace(step=rest)

@@ -166,6 +166,25 @@ def test_factors_and_a_gauss_newton_matrix_are_held_to_what_they_invert() -> Non
     assert result.linear_residual == pytest.approx(result.stats["linear_residual"], rel=1e-6)
 
 
+def test_an_equation_of_ones_own_is_what_an_implicit_method_is_held_to() -> None:
+    """A projected descent whose residual is that of the projected step: w = max(h, 0), coordinate by coordinate."""
+    A, v, h = torch.diag(f64(1.0, 2.0)), f64(3.0, 5.0), f64(1.0, -1.0)
+    inner = lambda w, h, b: (A @ (w - h)).dot(w - h) / 2  # noqa: E731
+    plain = metacal.descent(inner, optim.sgd(0.4))
+
+    def step(state: metacal.InnerState, h: Tensor, batch: None) -> metacal.InnerState:
+        return state._replace(params=plain.step(state, h, batch).params.clamp(min=0))
+
+    def residual(w: Tensor, h: Tensor, batch: None) -> Tensor:
+        return w - (w - torch.func.grad(inner)(w, h, batch)).clamp(min=0)
+
+    solver = plain._replace(step=step, residual=residual)
+    estimate = metacal.hypergradient(lambda w, h, b: w.dot(v), solver, adjoints.Implicit(linear.GMRES(2)))
+    problem = solver.init(torch.ones_like(h), h), h, metacal.repeat(None, 60), None
+    assert relative_error(estimate(*problem).hparams, f64(3.0, 0.0)) <= 1e-10
+    assert check(estimate, *problem).verdict == "right"
+
+
 def test_a_window_of_all_the_steps_is_exact() -> None:
     assert checked(PROBLEMS["ridge_scalar"], adjoints.Unrolled(window=3)).verdict == "right"
 

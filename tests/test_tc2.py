@@ -184,7 +184,7 @@ def by_hand(
 
 
 def test_without_calibration_steps_or_tasks_it_is_the_base_method() -> None:
-    """Fact 8."""
+    """Fact 4."""
     for name, objective in OBJECTIVES.items():
         p = Problem(net(objective), objective, num_tasks=1)
         still = {"calibrator_stage": Stage(0.0), "encoder_stage": Stage(0.0)}

@@ -230,9 +230,8 @@ class _Root(Function):
         rest = derivatives.func_vjp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), *floating)[1](tree.scale(-1.0, v))
         d_rest = _in_place_of((theta.hparams, theta.batches), rest)
         n = len(tree.leaves(theta.hparams))
-        nothing = (None for _ in [*tree.leaves(theta.params), *tree.leaves(theta.carry)])
-        params = [next(nothing) for _ in tree.leaves(theta.params)]
-        return None, *params, *d_rest[:n], *nothing, *d_rest[n:]
+        of_params, of_carry = ([None] * len(tree.partition(value, tree.is_tensor)[0]) for value in (theta.params, theta.carry))
+        return None, *of_params, *d_rest[:n], *of_carry, *d_rest[n:]
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:

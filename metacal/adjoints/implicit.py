@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from metacal import _random, derivatives, linear, tree
+from metacal._safe import wide
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback, Select, chosen
 from metacal.adjoints.equation import Equation, Theta, root, solve_linear
-from metacal.inner import FirstBad, InnerSolver, InnerState, Rest, advance, run
-from metacal.linear.base import magnitude, number, relative, wide
+from metacal.inner import FirstBad, InnerSolver, InnerState, advance, rest, run
+from metacal.linear.base import magnitude, number, relative
 from metacal.optim.foreign import moves_at_rest
 
 
@@ -126,7 +127,7 @@ class Implicit(Adjoint):
             return derivatives.func_jvp(solution, (hparams,), (d_hparams,))
 
     def _equation(self, solver: InnerSolver, final: InnerState, hparams: Tree, batches: Sequence[Tree]) -> tuple[Equation, Theta]:
-        if solver.stationarity is not None and solver.taken_apart is None and not isinstance(solver.step, Rest):
+        if solver.stationarity is not None and solver.taken_apart is None and solver.step is not rest:
             raise ValueError(
                 "`solver` has another step than its objective's (a projection, say), but the residual is still the gradient, which need "
                 "not be zero where such steps end. Make it with metacal.fixed_point(step), or give the equation of its solutions: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def load(name: str, split: Literal["train", "test"], *, root: str | os.PathLike[
     >>> digits.images.shape, digits.num_classes
     (torch.Size([1438, 1, 8, 8]), 10)
     """
-    if name not in _READERS:
+    if name not in NAMES:
         raise ValueError(f"`name` should be one of {', '.join(NAMES)}; got {name!r}.")
     if split not in ("train", "test"):
         raise ValueError(f'`split` should be "train" or "test", got {split!r}. Make a validation split with split_validation.')
@@ -133,7 +133,6 @@ def _omniglot(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
 
 
 _READERS: dict[str, Any] = {
-    "digits": None,
     "mnist": _mnist("MNIST"),
     "fashion_mnist": _mnist("FashionMNIST"),
     "omniglot": _omniglot,
@@ -151,5 +150,6 @@ SHAPES = {
 }
 """The shape [C, H, W] of each set's images, known before they are read."""
 
-NAMES = tuple(_READERS)
+SetName = Literal["digits", "mnist", "fashion_mnist", "omniglot", "cifar10", "cifar100"]
+NAMES: tuple[str, ...] = get_args(SetName)
 """The names that :func:`load` knows."""

@@ -23,6 +23,7 @@ from metacal.adjoints import Adjoint
 from metacal.adjoints.base import chosen
 from metacal.adjoints.equation import Theta
 from metacal.inner import InnerSolver, InnerState, advance
+from metacal.linear.operator import residual
 
 Value = Callable[[Tree, Tree], float]
 """(initial params, hparams) -> a number."""
@@ -183,10 +184,7 @@ class Replay:
     def _residual(self, params: Tree, hparams: Tree, theta: Theta, noise: _random.Noise) -> Tree:
         """F, the mean over ``theta.batches``, with the carry at the end of the run."""
         _random.restore(noise)
-        descent = self.solver.descent
-        if descent is None:
-            return tree.mean([self.solver.residual(params, hparams, b) for b in theta.batches])
-        return tree.mean([descent.gradient(params, hparams, b, theta.carry)[0] for b in theta.batches])
+        return tree.mean([residual(self.solver, params, hparams, batch, theta.carry) for batch in theta.batches])
 
 
 def promise(adjoint: Adjoint, replay: Replay) -> Promise:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacal.tc2.factors import at_least_float32
+from metacal._safe import wide
 
 _ROUNDING = 16  # units of the last place: a column that varies less is constant
 
@@ -46,7 +46,7 @@ def scaled(x: Tensor) -> Tensor:
 
     By a power of two, so that no digit changes.
     """
-    x = at_least_float32(x)
+    x = wide(x)
     return x / 2.0 ** (math.frexp(x.abs().max().item())[1] - 1)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from metacal._safe import wide
 from metacal.data import to_float
 from metacal.nets.fit import images_fit
 
@@ -94,8 +95,7 @@ def _by(statistics: _Statistics) -> _Normalise:
 
 def _recorded(statistics: _Statistics) -> _Normalise:
     def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        variance, mean = torch.var_mean(wide, [axis for axis in range(x.ndim) if axis != 1])
+        variance, mean = torch.var_mean(wide(x), [axis for axis in range(x.ndim) if axis != 1])
         statistics.append((mean, variance))
         return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metacal.data.splits import by_class
 from metacal.evaluate._inputs import labelled
 from metacal.evaluate.probe import linear_probe
 
@@ -47,7 +48,7 @@ def label_curve(
     """
     x, y = labelled("train", train, train_labels)
     rng = np.random.default_rng(seed)
-    members = [rng.permutation(np.flatnonzero(y.numpy(force=True) == label)) for label in y.unique().tolist()]
+    members = [rng.permutation(rows) for rows in by_class(y)]
     smallest = min(map(len, members))
     sizes = sorted(n for n in per_class if n <= smallest)
     if not sizes or sizes[0] < 2:

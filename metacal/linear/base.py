@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from metacal import _checks, derivatives, tree
-from metacal._safe import nonzero
+from metacal._safe import nonzero, wide
 from metacal._typing import Tree
 
 Matvec = Callable[[Tree], Tree]
@@ -263,11 +263,6 @@ def relative(residual: Tree, b: Tree) -> Tensor:
     size = magnitude(b)
     residual, b = (tree.map(lambda leaf: leaf / size, x) for x in (residual, b))
     return tree.norm(residual) / nonzero(tree.norm(b))
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least: the factorisations have no half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def solved(A: Tensor, b: Tensor) -> Tensor:

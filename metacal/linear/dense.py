@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from metacal import _checks
+from metacal._safe import wide
 from metacal._typing import Tree
-from metacal.linear.base import Inverse, LinearSolution, Matvec, Preconditioner, count, extremes, raveled, relative, solved, wide
+from metacal.linear.base import Inverse, LinearSolution, Matvec, Preconditioner, count, extremes, raveled, relative, solved
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from metacal import _checks
-from metacal._safe import nonzero
+from metacal._safe import nonzero, wide
 from metacal._typing import Tree
 from metacal.linear.base import (
     Krylov,
@@ -21,7 +21,6 @@ from metacal.linear.base import (
     ratio,
     raveled,
     start,
-    wide,
 )
 from metacal.linear.orthogonal import against
 

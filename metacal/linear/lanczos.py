@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from metacal._safe import nonzero
+from metacal._safe import nonzero, wide
 from metacal._typing import Tree
 from metacal.linear.base import (
     Krylov,
@@ -23,7 +23,6 @@ from metacal.linear.base import (
     rounding,
     solved,
     start,
-    wide,
 )
 from metacal.linear.orthogonal import against
 

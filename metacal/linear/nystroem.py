@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from metacal import _checks
+from metacal import _checks, tree
 from metacal._typing import Tree
 from metacal.linear.base import Inverse, Matvec, Preconditioner, number, raveled, solved
 from metacal.linear.dense import columns
@@ -57,8 +57,8 @@ class Nystroem(Preconditioner):
             _checks.whole("chunk_size", self.chunk_size)
 
     def inverse(self, matvec: Matvec, like: Tree) -> Inverse:
-        rows = self.rows(len(raveled(matvec, like)[0]))
-        unravel = raveled(matvec, like)[2]
+        vector, _, unravel = raveled(matvec, like)
+        rows = self.rows(len(vector))
         C = columns(matvec, like, self.chunk_size, rows).mT  # [rank, n]
         M = C[:, rows]
         rho = _scaled_to(C, M) if self.rho is None else self.rho
@@ -66,7 +66,7 @@ class Nystroem(Preconditioner):
         core = rho * M + C @ C.mT
 
         def apply(b: Tree) -> Tree:
-            vector = raveled(matvec, b)[0]
+            vector = tree.ravel(b)[0]
             return unravel((vector - C.mT @ solved(core, C @ vector)) / rho)
 
         return Inverse(apply, self.rank)

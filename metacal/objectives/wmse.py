@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from metacal._safe import wide
 from metacal._typing import Tree
 from metacal.objectives._base import Outputs, SSLObjective
 from metacal.objectives._cosine import cross_view_cosine
@@ -53,7 +54,7 @@ class WMSE(SSLObjective):
 
     def __call__(self, outputs: Outputs, carry: Tree = ()) -> Tensor:
         z = views("z", outputs.z, min_samples=2)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))  # no factorisation knows half precision
+        z = wide(z)  # no factorisation knows half precision
         n, _, d = z.shape
         if self.eps == 0 and n <= d:
             raise ValueError(

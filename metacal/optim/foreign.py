@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metacal import tree
+from metacal._device import device_of
 from metacal._typing import Tree
 from metacal.optim.transformation import GradientTransformation, is_differentiable, moved
 
@@ -150,7 +151,7 @@ def _complaint(optimizer: OptimizerLike, hparams: Tree) -> str | None:
 
 
 def _finding(optimizer: OptimizerLike, hparams: Tree, gradient_size: float) -> str | None:
-    device = next((h.device for h in tree.leaves(hparams) if isinstance(h, Tensor)), torch.device("cpu"))
+    device = device_of(hparams)
     params = {"a": 2 * _numbers(0, (3,), device), "b": 2 * _numbers(1, (2, 2), device)}
     gradient = tree.map(lambda p: gradient_size * (p - 1.3), params)
     first, second = _build(optimizer, hparams), _build(optimizer, hparams)

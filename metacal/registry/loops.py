@@ -8,7 +8,6 @@ from typing import Any
 from metacal import single_loop
 from metacal.registry.costs import one_step
 from metacal.registry.row import HPARAMS, Kind, Method, Setting, Sizes, cite
-from metacal.single_loop import evolution
 
 
 def _loop(
@@ -115,14 +114,14 @@ SINGLE_LOOP = (
         reference=cite("Pan et al. 2024", "2406.19976"),
     ),
     _loop(
-        "es(2 N, radius)", lambda f, solver, opt, s: evolution.es(f, solver, opt, 2 * s.number, s.step_size),
+        "es(2 N, radius)", lambda f, solver, opt, s: single_loop.es(f, solver, opt, 2 * s.number, s.step_size),
         bias="steps before this unroll are left out; O(radius²)", gradients="2 N (T + 1)", work=lambda T, K: 2 * K * (T + 1),
         memory="2 N inner states", vectors=lambda s: 2 * s.number * s.state_bytes, batches=lambda T, K: T,
         needs="nothing is differentiated, nor is the outer objective", kind="biased", path=True, differentiates=False,
         reference=cite("Salimans et al. 2017", "1703.03864"),
     ),
     _loop(
-        "pes(2 N, radius)", lambda f, solver, opt, s: evolution.pes(f, solver, opt, 2 * s.number, s.step_size),
+        "pes(2 N, radius)", lambda f, solver, opt, s: single_loop.pes(f, solver, opt, 2 * s.number, s.step_size),
         bias="O(radius²) in the mean, whatever the unrolls", gradients="2 N (T + 1)", work=lambda T, K: 2 * K * (T + 1),
         memory="2 N inner states", vectors=lambda s: 2 * s.number * s.state_bytes, batches=lambda T, K: T,
         needs="the same", kind="unbiased", path=True, differentiates=False, reference=cite("Vicol et al. 2021", "2112.13835"),

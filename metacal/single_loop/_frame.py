@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import _checks, derivatives, optim, tree
+from metacal import _checks, derivatives, optim
 from metacal._typing import Tree
 from metacal.adjoints.implicit import refuse_moving_fixed_points
 from metacal.batches import constant, listed
-from metacal.bilevel import BilevelOptimizer, BilevelState
+from metacal.bilevel import BilevelOptimizer, BilevelState, framed
 from metacal.estimate import HyperGradient
 from metacal.inner import FirstBad, InnerSolver, InnerState
 from metacal.optim import OptimizerLike
@@ -58,12 +58,9 @@ def algorithm(
         return BilevelState(inner, hparams, transformation.init(moved), start(inner, hparams), torch.tensor(0))
 
     def step(state: BilevelState, inner_batches: Sequence[Tree], outer_batch: Tree) -> tuple[BilevelState, HyperGradient]:
-        if not isinstance(state, BilevelState):
-            raise TypeError(f"`state` should be a BilevelState, got {type(state).__name__}. Make one with init(params, hparams).")
         _checks.batches(inner_batches)
         if not derivatives.transforming():
             constant("outer_batch", outer_batch)
-            state = tree.detach(state)
         bad = FirstBad()
         inner, adjoint, direction, outer, stats = move(state, listed(inner_batches), outer_batch, bad)
         variables = (inner.params, state.hparams) if joint else state.hparams
@@ -72,11 +69,9 @@ def algorithm(
         bad.look(max(len(inner_batches) - 1, 0), (inner.params, adjoint, direction, hparams))
         stats = {"first_bad_step": bad.step()} | stats
         hg = HyperGradient(outer.value, direction[1] if joint else direction, (), inner, stats, outer.aux)
-        result = BilevelState(inner, hparams, opt_state, adjoint, state.step + 1), hg
-        released: tuple[BilevelState, HyperGradient] = derivatives.released(result, derivatives.transforming())
-        return released
+        return BilevelState(inner, hparams, opt_state, adjoint, state.step + 1), hg
 
-    return BilevelOptimizer(init, step)
+    return framed(init, step)
 
 
 def layout(batches: Sequence[Tree], *parts: tuple[str, int | None]) -> list[Sequence[Tree]]:

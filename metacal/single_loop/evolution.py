@@ -13,7 +13,7 @@ from metacal._objective import value_and_aux
 from metacal._typing import Tree
 from metacal.adjoints import lanes
 from metacal.batches import constant
-from metacal.bilevel import BilevelOptimizer, BilevelState
+from metacal.bilevel import BilevelOptimizer, BilevelState, framed
 from metacal.estimate import HyperGradient
 from metacal.inner import FirstBad, InnerSolver, InnerState, advance
 from metacal.optim import OptimizerLike
@@ -145,7 +145,6 @@ def _evolution(
         _checks.batches(inner_batches)
         if not derivatives.transforming():
             constant("outer_batch", outer_batch)
-            state = tree.detach(state)
         inner, hparams, opt_state, (start, xi), t = state
 
         def train(lane: tuple[InnerState, Tree]) -> tuple[Tree, Tree]:
@@ -173,12 +172,9 @@ def _evolution(
             ended = t % unrolls == 0
             inner = tree.map(lambda begin, now: torch.where(ended, begin, now), start, inner)
             xi = tree.map(lambda x: torch.where(ended, 0, x), xi)
-        result: tuple[BilevelState, HyperGradient] = derivatives.released(
-            (BilevelState(inner, hparams, opt_state, Particles(start, xi), t), hg), derivatives.transforming()
-        )
-        return result
+        return BilevelState(inner, hparams, opt_state, Particles(start, xi), t), hg
 
-    return BilevelOptimizer(init, step)
+    return framed(init, step)
 
 
 def _earliest(bad: Tensor, num_steps: int) -> Tensor:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metacal import _checks
+from metacal._safe import wide
 from metacal._typing import Tree
-from metacal.tc2.factors import at_least_float32, check_num_factors, cosine_basis, orthonormalised, statistics
+from metacal.tc2.factors import check_num_factors, cosine_basis, orthonormalised, statistics
 
 
 class Sparsity(ABC):
@@ -181,7 +182,7 @@ class PCA(Calibrator):
     def factors(self, phi: Tree, Z: Tensor) -> Tensor:
         """V [d, n_f], detached."""
         check_num_factors(self.n_f, Z.shape[-1], sparse=True)
-        Z = at_least_float32(Z.detach()).flatten(end_dim=-2)  # [R, d]
+        Z = wide(Z.detach()).flatten(end_dim=-2)  # [R, d]
         # eigh of the Gram matrix and not svd of Z: it has d eigenvectors however few samples there are, in ascending order.
         V: Tensor = torch.linalg.eigh(Z.mT @ Z).eigenvectors[:, -self.n_f :].flip(-1)
         return V

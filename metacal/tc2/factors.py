@@ -8,6 +8,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from metacal._safe import wide
+
 
 class VacuousReconstructionWarning(UserWarning):
     """The calibration can keep everything: n_f = d, and nothing makes the weights sparse."""
@@ -48,7 +50,7 @@ def statistics(Z: Tensor) -> Tensor:
     tensor([[1., 1., 2.],
             [2., 2., 4.]])
     """
-    Z = at_least_float32(Z).flatten(end_dim=-2)  # [R, d]
+    Z = wide(Z).flatten(end_dim=-2)  # [R, d]
     mu = Z.mean(0)
     centred = Z - mu
     return torch.cat([mu[:, None], centred.mT @ centred / len(Z)], dim=1)
@@ -73,8 +75,3 @@ def cosine_basis(d: int, n_f: int, like: Tensor) -> Tensor:
     phase = ((2 * i + 1) * j % (4 * d)).to(torch.promote_types(like.dtype, torch.float32))
     basis = (phase * (math.pi / (2 * d))).cos() * math.sqrt(2 / d)
     return torch.where(j == 0, math.sqrt(0.5) * basis, basis)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in its own dtype, half precision in float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

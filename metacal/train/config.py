@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 from metacal.data import Augmentation
+from metacal.data.sets import SetName
 from metacal.evaluate.assess import Score
 from metacal.objectives import SimCLR, SSLObjective
 from metacal.tc2 import Calibrator, Networks, Stage
 
 Reading = Literal["base", "matched", "split", "tasks", "paper", "lookahead", "pcgrad", "upgrad"]
-SetName = Literal["digits", "mnist", "fashion_mnist", "omniglot", "cifar10", "cifar100"]
 
 
 def _at_least(least: int, section: str, settings: Any, *names: str) -> None:

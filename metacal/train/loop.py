@@ -49,7 +49,6 @@ def fit(
     log_every: int = 10,
     tensorboard: bool = True,
     keep: int = 2,
-    meta: Mapping[str, Any] | None = None,
 ) -> Tree:
     """Runs ``state, metrics = step_fn(state, step)`` for step 0 ... ``num_steps`` - 1 and returns the last state.
 
@@ -114,7 +113,7 @@ def fit(
             if saving:
                 _require_finite_state(step, state, folder)
                 logs.flush()  # before the checkpoint: what it skips on resuming has to be in the log
-                checkpoint.save(folder / CHECKPOINTS, done, {"state": tree.state_dict(state)}, meta, keep=keep)
+                checkpoint.save(folder / CHECKPOINTS, done, {"state": tree.state_dict(state)}, keep=keep)
             if stopping is not None:
                 raise _farewell(stopping, done, folder)
     return state
