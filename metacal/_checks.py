@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -146,3 +147,14 @@ def whole(name: str, value: Any, at_least: int = 1) -> None:
     """Raises ValueError unless ``value`` is an integer of at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"`{name}` should be an integer of at least {at_least}, got {value!r}.")
+
+
+def number(name: str, value: Any, remedy: str, *, positive: bool = False) -> None:
+    """Raises unless ``value`` is a number of at least 0 (``positive``: above), or a tensor, at which nobody looks."""
+    if isinstance(value, Tensor):
+        return
+    least = "positive" if positive else "at least 0"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` should be a number, {least}, got {value!r}; {remedy}.")
+    if not (float(value) > 0 if positive else float(value) >= 0):
+        raise ValueError(f"`{name}` should be {least}, got {value!r}; {remedy}.")

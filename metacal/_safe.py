@@ -18,7 +18,8 @@ def nonzero(x: Tensor) -> Tensor:
 
 def unit(z: Tensor) -> Tensor:
     """``z / |z|`` along the last axis, as ``z / sqrt(|z|^2 + 1e-12)``: zero, with finite derivatives, at zero."""
-    return z * (z.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+    x = wide(z)  # half precision squares neither 320 nor 1e-4, and rounds 1e-12 to 0
+    return (x * (x.square().sum(-1, keepdim=True) + 1e-12).rsqrt()).to(z.dtype)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -49,6 +49,34 @@ def forward_levels() -> int:
     return found
 
 
+def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What a Function saved or is handed in its backward, out of the wrappers of ``torch.func`` levels that have ended since.
+
+    A pullback of ``torch.func.vjp`` is called after the level that recorded it.
+    """
+    return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
+
+
+def stand_in(leaf: Any) -> Any:
+    """A leaf's value without what transforms wrap around it: under vmap, that of the first entries."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.func.debug_unwrap(leaf).detach().flatten()[: leaf.numel()].reshape(leaf.shape)
+
+
+def is_tracked(x: Any) -> bool:
+    """Whether a ``torch.func`` level, at whatever depth, differentiates by something that x was computed from."""
+    functorch = torch._C._functorch
+    while isinstance(x, Tensor):
+        batched = functorch.is_batchedtensor(x)
+        if x.requires_grad or not (batched or forward_ad._current_level < 0 or forward_ad.unpack_dual(x).tangent is None):
+            return True
+        if not (batched or functorch.is_gradtrackingtensor(x)):
+            break
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 def in_every_lane(outputs: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Copies of a Function's outputs, under vmap one for each lane of any input.
 

@@ -95,6 +95,8 @@ def differentiate(
         constant("outer_batch", outer_batch)
         state, hparams = tree.detach((state, hparams))
     _refuse_learned_constants(solver, state, hparams)
+    if not adjoint.derives_steps:
+        _refuse_traced_closures(solver, state, hparams, inner_batches)
     ambient = _ambient.present(state.params)
     final, pullback = adjoint.vjp(solver, state, hparams, inner_batches, memory=memory)
     carry = tree.detach(final.carry)
@@ -156,6 +158,31 @@ def _refuse_learned_constants(solver: InnerSolver, state: InnerState, hparams: T
             "detach it."
         )
     parts.objective.seen.has_constant_settings = True
+
+
+def _refuse_traced_closures(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree]) -> None:
+    """Raises ValueError if a step depends on what a ``torch.func`` level differentiates by, past its arguments. Looked at once.
+
+    An autograd Function runs below that level, where what is closed over has become a constant.
+    """
+    seen = None if solver.descent is None else solver.descent.objective.seen
+    if torch.compiler.is_compiling() or not derivatives.transforming() or (seen and seen.has_constant_closures) or not len(batches):
+        return
+    plain, h = tree.map(derivatives.stand_in, (state, hparams))
+    try:
+        with _random.preserved(state.params):
+            batch = tree.map(derivatives.stand_in, batches[0])
+            after = solver.step(plain, h, batch)
+            of_residual = solver.residual(plain.params, h, batch) if solver.taken_apart is None else ()
+    except Exception:  # what fails here fails in the run too, in words of its own
+        return
+    if any(derivatives.is_tracked(leaf) for leaf in tree.leaves((after, of_residual))):
+        raise ValueError(
+            "`solver` closes over a tensor that a torch.func transform differentiates by (in its objective, or as an optimizer's setting), "
+            "and no derivative would reach it. Pass it through `hparams`; to keep it fixed, detach it."
+        )
+    if seen:
+        seen.has_constant_closures = True
 
 
 @dataclass
@@ -226,7 +253,9 @@ def solve(
                 "jacfwd(jacrev(f)), jacrev(jacfwd(f)), hessian(f)."
             )
         return run(solver, solver.init(params, hparams), hparams, batches).params
-    flat, combine = tree.partition((params, hparams, listed(batches)), tree.is_tensor)
+    batches = listed(batches)
+    _refuse_traced_closures(solver, solver.init(params, hparams), hparams, batches)
+    flat, combine = tree.partition((params, hparams, batches), tree.is_tensor)
     problem = _Problem(solver, adjoint, combine, len(tree.leaves(params)), len(tree.leaves(hparams)), stats)
     return tree.unflatten(tree.structure(params), list(_Solve.apply(problem, *flat)))
 
@@ -260,9 +289,9 @@ class _Solve(Function):
         learned = problem.num_params + problem.num_hparams
         if any(ctx.needs_input_grad[1 + learned :]):
             raise ValueError(_BATCH_GRAD)
-        flat = ctx.saved_tensors
+        flat = derivatives.alive(ctx.saved_tensors)
         params = problem.combine(flat)[0]
-        ct = tree.unflatten(tree.structure(params), list(cotangents))
+        ct = tree.unflatten(tree.structure(params), derivatives.alive(cotangents))
         pullback, problem.pullback = problem.pullback, None  # once: it holds the states, and uses them up
         assert problem.noise is not None
         assert problem.ambient is not None

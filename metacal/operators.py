@@ -46,6 +46,7 @@ class _Seen:
     is_twice_differentiable: bool = False
     leaves_arguments_alone: bool = False
     has_constant_settings: bool = False
+    has_constant_closures: bool = False
     draws_nothing: bool = False
 
 

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import optimize, stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from metacal.data import load
@@ -19,6 +22,7 @@ from metacal.evaluate import (
     few_shot,
     flat_map,
     h_score,
+    held_out_probabilities,
     label_curve,
     leep,
     linear_probe,
@@ -162,6 +166,28 @@ def test_class_probabilities_are_the_probes() -> None:
     assert accuracy == linear_probe(x, y, t, ty, strengths=(1e-2,)).accuracy  # which refits on all rows too
     with pytest.raises(ValueError, match=r"`other` should have features of width 6 .* got 5"):
         class_probabilities(x, y, t[:, :5])
+
+
+def test_a_set_by_itself_is_named_by_probes_that_have_not_seen_the_row() -> None:
+    """Five fits by hand; and on labels that say nothing, which a probe fitted on all rows repeats, nothing is found."""
+    x, y = blobs(103)
+    p = held_out_probabilities(x, y)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    for fitted, held in folds.split(x, y):
+        scaler = StandardScaler().fit(x[fitted].numpy())
+        C = 1 / (1e-2 * (len(x) - len(x) // 5))
+        probe = LogisticRegression(C=C, max_iter=1000).fit(scaler.transform(x[fitted].numpy()), y[fitted].numpy())
+        np.testing.assert_allclose(p[held].numpy(), probe.predict_proba(scaler.transform(x[held].numpy())), rtol=1e-9)
+
+    generator = torch.Generator().manual_seed(0)
+    noise, labels = torch.randn(200, 100, generator=generator), torch.randint(4, (200,), generator=generator)
+    seen, held_out = class_probabilities(noise, labels, noise), held_out_probabilities(noise, labels)
+    assert nce(seen.argmax(1), labels) > -0.2
+    assert nce(held_out.argmax(1), labels) < -1.3  # log 4 = 1.39
+    with pytest.raises(ValueError, match="at least two rows of every class"):
+        held_out_probabilities(x[:5], torch.tensor([0, 0, 1, 1, 2]))
+    with pytest.warns(RuntimeWarning, match="collapsed"):
+        class_probabilities(torch.ones(40, 3), y[:40], x[:2, :3])
 
 
 # ----------------------------------------------------------------------------------------------------------- TransRate

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metacal
-from metacal import adjoints, linear, optim
+from metacal import adjoints, linear, optim, tree
 from metacal.adjoints import Implicit, Unrolled
-from problems import F64, central_differences, close, f64
+from problems import F64, central_differences, close, f64, relative_error
 
 Estimate = Callable[[metacal.InnerSolver, Any, Any, Any], Any]
 DOORS: dict[str, Estimate] = {
@@ -246,3 +246,145 @@ def bag(w: Tensor, h: Tensor, b: Any) -> Tensor:
 
 def differentiated(solver: metacal.InnerSolver) -> None:
     metacal.solve(solver, torch.ones(2, 2), torch.ones(2, 2).requires_grad_(), [None] * 2).sum().backward()
+
+
+# What a torch.func level differentiates by, and a solver closes over
+
+
+def closing_over(what: str, x: Tensor, adjoint: Any) -> Callable[[Tensor], Tensor]:
+    """A function of x whose derivative is not zero, and which reaches the solver past its arguments."""
+    w, h, batches = f64(0.0, 0.0), f64(1.0, 2.0), [None] * 5
+
+    def solver(x: Tensor) -> metacal.InnerSolver:
+        loss = lambda w, h, b: ((w - h * (x if what == "objective" else 1)) ** 2).sum()  # noqa: E731
+        if what == "map":
+            return metacal.fixed_point(lambda w, h, b: w - 0.1 * (w - h * x))
+        return metacal.descent(loss, optim.sgd(x if what == "rate" else 0.25))
+
+    def of_solve(x: Tensor) -> Tensor:
+        return (metacal.solve(solver(x), w, h, batches, adjoint) ** 2).sum()
+
+    def of_estimate(x: Tensor) -> Tensor:
+        s = solver(x)
+        estimate = metacal.hypergradient(lambda w, h, b: (w**2).sum(), s, adjoint)
+        return estimate(s.init(w, h), h, batches, None).value
+
+    return of_estimate if isinstance(adjoint, Implicit) and what != "rate" else of_solve
+
+
+@pytest.mark.parametrize("what", ["objective", "rate", "map"])
+@pytest.mark.parametrize("adjoint", [Unrolled(), adjoints.Forward(), Implicit(linear.Dense())], ids=["unrolled", "forward", "implicit"])
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda f, x: torch.func.grad(f)(x),
+        lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+        lambda f, x: torch.func.jacrev(f)(x),
+        lambda f, x: torch.func.vmap(torch.func.grad(f))(x.expand(2)),
+        lambda f, x: torch.func.grad(lambda x: torch.func.vmap(lambda s: f(s * x))(torch.ones(2, dtype=F64)).sum())(x),
+    ],
+    ids=["grad", "jvp", "jacrev", "vmap of grad", "grad of vmap"],
+)
+def test_a_derivative_that_a_closure_would_lose_is_refused(what: str, adjoint: Any, derivative: Any) -> None:
+    x = f64(0.2).reshape(())
+    with pytest.raises(ValueError, match=r"closes over a tensor that a torch\.func transform differentiates by"):
+        derivative(closing_over(what, x, adjoint), x)
+
+    f = closing_over(what, x, adjoint)
+    assert torch.func.grad(lambda x: f(x.detach()) + x)(x) == 1  # a constant, and says so
+
+
+# The damping of a linear system
+
+
+DAMPED = (
+    linear.Dense(), linear.Neumann(80, 0.3), linear.CG(2), linear.MINRES(2), linear.GMRES(2), linear.BiCGSTAB(2), linear.NormalCG(2),
+    linear.Lanczos(2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", DAMPED, ids=lambda solver: type(solver).__name__)
+def test_the_derivative_by_the_damping(solver: Any) -> None:
+    """sum h 2 / (2 + d): an outer gradient of h, a Hessian of 2."""
+    h, d = f64(1.0, 2.0), f64(0.5).reshape(())
+    inner = metacal.descent(lambda w, h, b: ((w - h) ** 2).sum(), optim.sgd(0.25))
+
+    def hyper(d: Tensor) -> Tensor:
+        estimate = metacal.hypergradient(lambda w, h, b: (w**2).sum() / 2, inner, Implicit(solver, damping=d))
+        return estimate(inner.init(torch.zeros_like(h), h), h, [None] * 60, None).hparams.sum()
+
+    truth = -2 * h.sum() / (2 + d) ** 2
+    assert relative_error(torch.func.grad(hyper)(d), truth) < 1e-9
+    assert relative_error(torch.func.jvp(hyper, (d,), (torch.ones_like(d),))[1], truth) < 1e-9
+    d.requires_grad_()
+    leaf = h.clone().requires_grad_()
+    w = metacal.solve(inner, torch.zeros_like(h), leaf, [None] * 60, Implicit(solver, damping=d))
+    (g,) = torch.autograd.grad((w**2).sum() / 2, leaf, create_graph=True)
+    assert relative_error(torch.autograd.grad(g.sum(), d)[0], truth) < 1e-9
+
+
+# A solve inside of an inner objective, beneath a level of torch.func that has ended
+
+
+def test_a_solve_below_whatever_pulls_back_by_torch_func() -> None:
+    low = metacal.descent(lambda v, q, b: ((v - q["w"] * q["h"]) ** 2).sum(), optim.sgd(0.3))
+
+    def middle(w: Tensor, h: Tensor, b: None) -> Tensor:
+        lower = metacal.solve(low, torch.zeros(2, dtype=F64), {"w": w, "h": h}, [None] * 3)
+        return ((lower - h) ** 2).sum() + w**2
+
+    plain = metacal.descent(middle, optim.sgd(0.35))
+    iterated = metacal.fixed_point(lambda w, h, b: w - 0.35 * torch.func.grad(middle)(w, h, b))
+
+    def hyper(solver: metacal.InnerSolver, adjoint: Any) -> Callable[[Tensor], Tensor]:
+        estimate = metacal.hypergradient(lambda w, h, b: w**3 + h**2, solver, adjoint)
+        return lambda h: estimate(solver.init(f64(0.3).reshape(()), h), h, [None] * 30, None).hparams
+
+    h = f64(0.5).reshape(())
+    c = 1 - 0.4**3  # what three steps make of the way: v = c w h, so that w is the minimiser of 2 (c w h - h)^2 + w^2
+    w = lambda h: 2 * c * h**2 / (2 * c**2 * h**2 + 1)  # noqa: E731
+    truth = torch.func.grad(lambda h: w(h) ** 3 + h**2)(h)
+    GMRES, reverse = linear.GMRES(3), Unrolled(mode="reverse")
+    for solver, adjoint in [(plain, Implicit(GMRES)), (iterated, Implicit(GMRES)), (plain, Implicit(GMRES, operator=linear.Jacobian()))]:
+        assert relative_error(hyper(solver, adjoint)(h), truth) < 1e-7
+    for adjoint in (reverse, Implicit(GMRES)):
+        assert relative_error(torch.func.vmap(hyper(plain, adjoint))(h.expand(2)), truth.expand(2)) < 1e-7
+        second = torch.func.grad(hyper(plain, adjoint))(h)
+        eps = 1e-4
+        difference = (hyper(plain, adjoint)(h + eps) - hyper(plain, adjoint)(h - eps)) / (2 * eps)
+        assert relative_error(second, difference) < 1e-6
+    assert relative_error(torch.func.vmap(hyper(iterated, Unrolled()))(h.expand(2)), truth.expand(2)) < 1e-7
+
+
+# Sizes of the outer gradient
+
+
+@pytest.mark.parametrize("adjoint", [adjoints.FiniteDifference(), adjoints.SAMA()], ids=["finite difference", "SAMA"])
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e20])
+def test_differences_along_a_direction_whose_square_is_no_float32(adjoint: Any, size: float) -> None:
+    w, h = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -1.0])
+    solver = metacal.descent(lambda w, h, b: ((w - h) ** 2 * (1 + w**2)).sum(), optim.sgd(0.05))
+
+    def hyper(size: float) -> Tensor:
+        estimate = metacal.hypergradient(lambda w, h, b: size * (w**2).sum(), solver, adjoint)
+        return estimate(solver.init(w, h), h, [None] * 3, None).hparams / size
+
+    assert relative_error(hyper(size), hyper(1.0)) < 1e-5
+
+
+# Optimizers whose first state holds the params
+
+
+def test_a_first_state_of_the_params_is_refused() -> None:
+    """The initial params act through it too, and meta-learning would leave it behind."""
+    sgd = optim.sgd(0.05)
+
+    def init(params: Any) -> Any:
+        return sgd.init(params), params
+
+    def update(g: Any, state: Any, *, params: Any = None, inplace: bool = True) -> Any:
+        u, fast = sgd.update(g, state[0], params=params, inplace=False)
+        return tree.sub(tree.mean([tree.add(params, u), state[1]]), params), (fast, state[1])
+
+    with pytest.raises(ValueError, match=r"its init puts values of the params into the state.*Begin with zeros"):
+        metacal.descent(lambda w, h, b: (w**2).sum(), optim.GradientTransformation(init, update))

@@ -93,6 +93,9 @@ def test_changes_go_over_settings_group_by_group() -> None:
         ({"grid": {"method": None}}, "axis 'method' there is None"),
         ({"grid": {"method": 3}}, "axis 'method' there is 3"),
         ({"colour": "blue"}, "colour"),
+        ({"together": "maybe"}, "`together` should be true or false, got 'maybe'"),
+        ({"settings": {"seed": 3}}, "`seed` should stand in no settings"),
+        ({"grid": {"method": {"base": {"seed": 3}}}}, "`seed` should stand in no settings"),
     ],
 )
 def test_bad_studies(tmp_path: Path, changes: dict[str, Any], word: str) -> None:

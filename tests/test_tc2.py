@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metacal import linear, nets, objectives, optim, tasks, tc2, tree
+from metacal import _random, linear, nets, objectives, optim, tasks, tc2, tree
 from metacal.adjoints import FirstOrder, Implicit, Unrolled
 from metacal.objectives import Outputs, SSLObjective
 from metacal.tc2 import Method, MethodState, Networks, PerTask, Problem, Stage, Views, upgrad
@@ -57,8 +57,8 @@ def net(objective: SSLObjective, norm: Any = "batch") -> tc2.Network:
 
 def problem(name: str = "simclr", **over: Any) -> Problem:
     objective = OBJECTIVES[name]
-    over = {"calibrator": Networks(n_f=N_F, hidden=7), "num_tasks": K, "momentum": 0.9, **over}
-    return Problem(net(objective), objective, **over)
+    over = {"objective": objective, "calibrator": Networks(n_f=N_F, hidden=7), "num_tasks": K, "momentum": 0.9, **over}
+    return Problem(net(objective), **over)
 
 
 def images(views: int = 4, samples: int = N) -> Tensor:
@@ -302,10 +302,36 @@ def test_under_vmap_both_stages_dispatch_fewer_operations() -> None:
         assert found[stage, "vmap"] < 0.75 * found[stage, "loop"]
 
 
-def test_vmap_names_the_mode_that_it_needs() -> None:
-    method = tc2.paper(problem(), SGD, SGD, tasks="vmap")
-    with pytest.raises(RuntimeError, match="mixed"):
-        take(method, method.init(), images())
+def test_under_vmap_the_graph_of_a_stage_gives_way_to_mode_mixed() -> None:
+    looped, mapped = (tc2.paper(problem(), SGD, SGD, tasks=tasks) for tasks in ("loop", "vmap"))
+    state, x = trained(looped.init()), images()
+    close(take(mapped, state, x)[0].theta, take(looped, state, x)[0].theta, 1e-12)
+    truncated = Stage(0.1, adjoint=Unrolled(mode="graph", segment=2))
+    assert truncated.mappable().adjoint == Unrolled(mode="mixed", segment=2)
+    assert Stage(0.1, adjoint=Unrolled(mode="reverse")).mappable().adjoint == Unrolled(mode="reverse")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: Stage(math.nan), ValueError, "`lr` should be at least 0, got nan"),
+        (lambda: Stage("a"), TypeError, "`lr` should be a number, at least 0, got 'a'"),  # type: ignore[arg-type]
+        (lambda: Stage(0.1, strength=math.nan), ValueError, "`strength` should be at least 0, got nan"),
+        (lambda: tc2.paper(problem(), SGD, SGD, warmup=-1), ValueError, "`warmup` should be an integer of at least 0, got -1"),
+        (lambda: tc2.lookahead(problem(), SGD, SGD, warmup=1.5), ValueError, "`warmup` .* got 1.5"),  # type: ignore[arg-type]
+        (lambda: tc2.paper(problem(), SGD, SGD, encoder_stage=0.05), TypeError, "`encoder_stage` should be a tc2.Stage, got 0.05"),  # type: ignore[arg-type]
+        (lambda: tc2.stable(lambda_s=-1), ValueError, "`lambda_s` should be at least 0, got -1"),
+        (lambda: tc2.stable(lambda_1=math.nan), ValueError, "`lambda_1` should be at least 0, got nan"),
+        (lambda: problem(objective="SimCLR"), TypeError, "`objective` should be one of metacal.objectives, .* got 'SimCLR'"),
+        (lambda: problem(calibrator=32), TypeError, "`calibrator` should be a tc2.Calibrator .* got 32"),
+        (lambda: tc2.paper(problem(), SGD, SGD, pairing=[[1.0]]), TypeError, "`pairing` should be a name or a .* tensor, got list"),  # type: ignore[arg-type]
+        (lambda: tc2.cyclic(3, shift=3), ValueError, "`shift` should lead to another task, got 3 with K = 3"),
+        (lambda: OBJECTIVES["simclr"].__class__("a"), TypeError, "`temperature` should be a number or a 0-dim tensor, got 'a'"),  # type: ignore[call-arg]
+    ],
+)
+def test_wrong_settings_are_named_where_they_are_given(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
 
 
 # 1b. What a task is, and what its heads' statistics see
@@ -711,7 +737,8 @@ def test_pcgrad_is_the_algorithm_on_the_tasks_gradients() -> None:
     after, metrics = take(method, state, x)
     torch.manual_seed(1)
     split_tasks = x[torch.randperm(16)].reshape(tasks, 4, *x.shape[1:])
-    order = torch.rand(tasks, tasks).argsort(1)
+    with _random.apart():
+        order = torch.rand(tasks, tasks).argsort(1)
     start = leaf_grads(state.theta)
     losses = [ssl(p, start, {}, None, task) for task in split_tasks]  # support and query together: all four views
     gradients = [ravel(derivative(loss, start)) for loss in losses]
@@ -763,6 +790,28 @@ def test_upgrad_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
     with pytest.raises(ImportError, match=r'pip install "torchjd\[quadprog-projector\]"'):
         upgrad(torch.eye(2))
+
+
+def test_surgery_draws_from_a_stream_of_its_own() -> None:
+    """So that what is drawn next, views and tasks, is what it is without surgery, and the orders of two iterations differ."""
+    p = problem("vicreg", num_tasks=4, calibrator=tc2.Identity())
+    after, orders = [], []
+
+    def remembered(gradients: list[Any]) -> Any:
+        before = torch.get_rng_state()
+        orders.append(torch.rand(4, 4).argsort(1))
+        torch.set_rng_state(before)
+        return tc2.pcgrad(gradients)
+
+    for surgery in (tree.mean, remembered):  # type: ignore[assignment]
+        torch.manual_seed(3)
+        method, x = tc2.project_conflicts(p, SGD, surgery), images(samples=16)
+        state = method.init()
+        for _ in range(2):
+            state, _ = method.step(state, x)
+        after.append(torch.get_rng_state())
+    assert torch.equal(*after)
+    assert not torch.equal(*orders)
 
 
 def test_without_surgery_it_is_the_mean_over_the_tasks() -> None:

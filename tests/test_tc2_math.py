@@ -789,3 +789,6 @@ def test_monitors_are_relative_errors():
     assert values["reconstruction_error"].item() == pytest.approx(np.linalg.norm(z - z @ v @ v.T) / np.linalg.norm(z))
     assert values["calibration_error"].item() == pytest.approx(np.linalg.norm(z - x @ v.T) / np.linalg.norm(z))
     assert tc2.monitors(Z, orthonormal(D, D), Z @ orthonormal(D, D))["calibration_error"] < 1e-14
+    nothing = tc2.monitors(torch.zeros(4, D), torch.eye(D), torch.zeros(4, D))  # a collapsed encoder's: no NaN stops its run
+    assert nothing["reconstruction_error"] == nothing["calibration_error"] == 0
+    assert tc2.monitors(Z * torch.nan, V, w)["calibration_error"].isnan()

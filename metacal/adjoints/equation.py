@@ -26,6 +26,7 @@ class Theta(NamedTuple):
     hparams: Tree
     carry: Tree
     batches: Sequence[Tree]
+    damping: float | Tensor = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ class Equation:
 
     inner: InnerSolver
     operator: linear.Operator
-    damping: float | Tensor
     noise: _random.Noise
     stochastic: bool = False
     parts: operators.Linearised | None = None
@@ -54,7 +54,7 @@ class Equation:
         """F(w, h)."""
         if self.parts is not None:
             return self._mean([self.parts], lambda parts: parts.gradient())
-        params, hparams, carry, batches = theta
+        params, hparams, carry, batches, _ = theta
         return self._mean(batches, lambda batch: residual(self.inner, params, hparams, batch, carry))
 
     def matrix(self, theta: Theta) -> linear.LinearMap:
@@ -64,7 +64,7 @@ class Equation:
             A = linear.LinearMap(lambda v: next(each)(v), lambda v: next(each).transpose(v))
         else:
             A = self._mean_matrix(theta)
-        return linear.LinearMap(self._damped(A.apply), self._damped(A.transpose), theta, self.is_symmetric)
+        return linear.LinearMap(_damped(A.apply, theta.damping), _damped(A.transpose, theta.damping), theta, self.is_symmetric)
 
     @property
     def is_symmetric(self) -> bool:
@@ -81,13 +81,13 @@ class Equation:
         """``F_h^T v``."""
         if self.parts is not None:
             return self._mean([self.parts], lambda parts: parts.mixed(v))
-        params, hparams, carry, _ = theta
+        params, hparams, carry, *_ = theta
         return self._mean(theta.batches, lambda batch: self.operator.mixed(self.inner, params, hparams, batch, carry, v))
 
     def _mean_matrix(self, theta: Theta) -> linear.LinearMap:
         if self.parts is not None:
             return linear.symmetric(lambda v: self._mean([self.parts], lambda parts: parts.hessian(v)))
-        params, hparams, carry, batches = theta
+        params, hparams, carry, batches, _ = theta
 
         def matrix(batch: Tree) -> linear.LinearMap:
             return self.operator.matrix(self.inner, params, hparams, batch, carry)
@@ -119,10 +119,11 @@ class Equation:
         _random.restore(self.noise)
         return tree.mean([term(batch) for batch in batches])
 
-    def _damped(self, product: linear.Matvec) -> linear.Matvec:
-        if not isinstance(self.damping, Tensor) and self.damping == 0:
-            return product
-        return lambda v: tree.axpy(self.damping, v, product(v))
+
+def _damped(product: linear.Matvec, damping: float | Tensor) -> linear.Matvec:
+    if not isinstance(damping, Tensor) and damping == 0:
+        return product
+    return lambda v: tree.axpy(damping, v, product(v))
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class _LinearSolve(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         call, _, (theta, b, x0), found = _saved(ctx)
-        v, ct = (tree.unflatten(tree.structure(b), xs) for xs in (found, cotangents[:-3]))
+        v, ct = (tree.unflatten(tree.structure(b), xs) for xs in (found, derivatives.alive(cotangents[:-3])))
         # u = A^-T ct; db = u, d theta = -(d(A v)/d theta)^T u
         u = solve_linear(call.solver, call.equation, theta, ct, transpose=not call.transpose).value
         floating, combine = tree.partition(theta)
@@ -224,14 +225,16 @@ class _Root(Function):
         call, _, found, w = _saved(ctx)
         # At its own output, so that this backward is again a function of the hparams: dh = -F_h^T F_w^-T ct.
         theta = found._replace(params=tree.unflatten(tree.structure(found.params), w))
-        ct = tree.unflatten(tree.structure(found.params), list(cotangents))
+        ct = tree.unflatten(tree.structure(found.params), derivatives.alive(cotangents))
         v = solve_linear(call.solver, call.equation, theta, ct).value
         floating, combine = tree.partition((theta.hparams, theta.batches))
         rest = derivatives.func_vjp(lambda *xs: call.equation.residual(_with(theta, combine(xs))), *floating)[1](tree.scale(-1.0, v))
         d_rest = _in_place_of((theta.hparams, theta.batches), rest)
         n = len(tree.leaves(theta.hparams))
-        of_params, of_carry = ([None] * len(tree.partition(value, tree.is_tensor)[0]) for value in (theta.params, theta.carry))
-        return None, *of_params, *d_rest[:n], *of_carry, *d_rest[n:]
+        of_params, of_carry, of_damping = (
+            [None] * len(tree.partition(value, tree.is_tensor)[0]) for value in (theta.params, theta.carry, theta.damping)
+        )
+        return None, *of_params, *d_rest[:n], *of_carry, *d_rest[n:], *of_damping
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -258,7 +261,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _saved(ctx: Any) -> tuple[_Call, list[Tensor], Any, list[Tensor]]:
-    saved = list(ctx.saved_tensors)
+    saved = derivatives.alive(ctx.saved_tensors)
     outputs, flat = saved[: ctx.num_outputs], saved[ctx.num_outputs :]
     return ctx.call, flat, ctx.call.combine(flat), outputs
 

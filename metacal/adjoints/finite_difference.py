@@ -15,6 +15,7 @@ from metacal.adjoints import lanes
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback, Select, chosen
 from metacal.batches import read
 from metacal.inner import Descent, FirstBad, InnerSolver, InnerState, advance
+from metacal.linear.base import magnitude, relative
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class SAMA(Adjoint):
             pull = derivatives.func_vjp(lambda g: descent.update(g, before.params, before.opt_state, hparams)[0], g)[1]
             v = tree.scale(-1.0, pull(ct)[0])  # D ct
             d_hparams, eps = mixed(v)
-            stats = {"first_bad_step": bad.step(), "eps": eps, "adaptation": tree.norm(v) / nonzero(tree.norm(ct))}
+            stats = {"first_bad_step": bad.step(), "eps": eps, "adaptation": relative(v, ct)}
             d_hparams, stats = derivatives.released((d_hparams, stats), derivatives.attached(g, hparams, ct))
             return Cotangents((), tree.scale(-1.0, d_hparams), stats)
 
@@ -152,12 +153,14 @@ class _MixedProduct:
     noise: _random.Noise
 
     def __call__(self, v: Tree) -> tuple[Tree, Tensor]:
+        size = magnitude(v)  # of which no square overflows or vanishes
+        v = tree.map(lambda leaf: leaf / size, v)
         eps = self.radius / nonzero(tree.norm(v))
         with _random.preserved(self.state.params):
             ahead = self._gradient(tree.axpy(eps, v, self.state.params))
             behind = self._gradient(tree.axpy(-eps, v, self.state.params))
-        difference = tree.scale(1 / (2 * eps), tree.sub(ahead, behind))
-        return tree.map(lambda d, h: d.to(h.dtype), difference, self.hparams), eps
+        difference = tree.scale(size / (2 * eps), tree.sub(ahead, behind))
+        return tree.map(lambda d, h: d.to(h.dtype), difference, self.hparams), eps / size
 
     def _gradient(self, w: Tree) -> Tree:
         """grad_h L(w, h), the mean over batches and their pieces: no gradient by the params is taken."""

@@ -10,13 +10,13 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from metacal import _random, derivatives, linear, tree
+from metacal import _checks, _random, derivatives, linear, tree
 from metacal._safe import wide
 from metacal._typing import Tree
 from metacal.adjoints.base import Adjoint, Cotangents, Pullback, Select, chosen
 from metacal.adjoints.equation import Equation, Theta, root, solve_linear
 from metacal.inner import FirstBad, InnerSolver, InnerState, advance, rest, run
-from metacal.linear.base import magnitude, number, relative
+from metacal.linear.base import magnitude, relative
 from metacal.optim.foreign import moves_at_rest
 
 
@@ -71,7 +71,7 @@ class Implicit(Adjoint):
             raise TypeError(f"`solver` should be a linear solver such as linear.CG(20), got {type(self.solver).__name__}.")
         if not isinstance(self.operator, linear.Operator):
             raise TypeError(f"`operator` should be a linear.Operator such as linear.Hessian(), got {type(self.operator).__name__}.")
-        number("damping", self.damping, "it is added to the diagonal of the system")
+        _checks.number("damping", self.damping, "it is added to the diagonal of the system")
         if not callable(self.select):
             raise TypeError(f"`select` should be a function of the batches such as linear.every, got {self.select!r}.")
         if self.stochastic and not self.solver.stochastic:
@@ -109,7 +109,7 @@ class Implicit(Adjoint):
                 "curvature_min": curvature[0],
                 "curvature_max": curvature[1],
             }
-            differentiated = keep_graph or derivatives.attached(ct)
+            differentiated = keep_graph or derivatives.attached(ct, self.damping)
             d_hparams, v, stats = derivatives.released((d_hparams, v, stats), differentiated)
             if not differentiated:
                 self._warn(stats, ct, system, theta)
@@ -137,11 +137,11 @@ class Implicit(Adjoint):
         if not len(batches):
             raise ValueError("`batches` should hold at least one batch: it defines the linear system. Pass [batch].")
         refuse_complex(final.params)
-        equation = Equation(solver, self.operator, self.damping, _random.noise(final.params), self.stochastic)
+        equation = Equation(solver, self.operator, _random.noise(final.params), self.stochastic)
         selected = chosen(self.select, batches)
         if not selected:
             raise ValueError("`select` should leave at least one batch, which defines the linear system; it left none. See linear.every.")
-        return equation, Theta(final.params, hparams, final.carry, selected)
+        return equation, Theta(final.params, hparams, final.carry, selected, self.damping)
 
     def _warn(self, stats: dict[str, Tensor], ct: Tree, system: Equation, theta: Theta) -> None:
         names = ("linear_residual", "num_products", "curvature_min", "curvature_max", "first_bad_step")

@@ -29,5 +29,6 @@ from metacal.evaluate.online import check_online as check_online
 from metacal.evaluate.online import online as online
 from metacal.evaluate.probe import ProbeResult as ProbeResult
 from metacal.evaluate.probe import class_probabilities as class_probabilities
+from metacal.evaluate.probe import held_out_probabilities as held_out_probabilities
 from metacal.evaluate.probe import linear_probe as linear_probe
 from metacal.evaluate.transrate import transrate as transrate

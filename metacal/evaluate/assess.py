@@ -27,7 +27,7 @@ from metacal.evaluate.leep import leep, nce
 from metacal.evaluate.logme import logme
 from metacal.evaluate.monitors import dimension_std, is_collapsed, rank_me
 from metacal.evaluate.parts import Root, Split, at_most, episode_images, parts, share
-from metacal.evaluate.probe import class_probabilities, linear_probe
+from metacal.evaluate.probe import class_probabilities, held_out_probabilities, linear_probe
 from metacal.evaluate.transrate import transrate
 
 Score: TypeAlias = Literal[
@@ -112,9 +112,11 @@ class Case:
 
     @cached_property
     def source_probabilities(self) -> Tensor:
-        """p(z | x) of the training images, by a probe on the source set's labels."""
+        """p(z | x) of the training images, by a probe on the source set's labels, never on the image itself."""
         if self.source is None:
             raise ValueError("`source` should name the data set whose classes LEEP and NCE translate, got None. Pass the pretraining set.")
+        if self.source == self.data:
+            return held_out_probabilities(self.z_train, self.train.labels)
         known = self.fitted(at_most(parts(self.source, "validation", self.root, self.download)[0], self.labels))
         return class_probabilities(self.encoded(known), known.labels, self.z_train)
 
@@ -145,11 +147,13 @@ class Case:
             return  # and the images are not read for this
         few, everything = at_most(self.everything[0], self.labels), self.everything[0]
         smallest = int(few.labels.unique(return_counts=True)[1].min())
-        if "probe" in scores and smallest < 2:
+        by_itself = [name for name in ("leep", "nce") if name in scores and self.source == self.data]
+        probing = [*(["probe"] if "probe" in scores else []), *by_itself]
+        if probing and smallest < 2:
             least = math.ceil(2 * len(everything) / int(everything.labels.unique(return_counts=True)[1].min()))
             raise ValueError(
-                f"`labels` should give every class of {self.data} at least 2 training images, of which the probe holds one out; "
-                f"{self.labels} give a class only {smallest}. Ask for {least} or more, or leave the probe out."
+                f"`labels` should give every class of {self.data} at least 2 training images, of which a probe holds one out; "
+                f"{self.labels} give a class only {smallest}. Ask for {least} or more, or leave out {' and '.join(probing)}."
             )
         if "knn" in scores and self.neighbours > len(few):
             raise ValueError(

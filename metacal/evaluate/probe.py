@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,12 +111,41 @@ def class_probabilities(
     judged = matrix("other", other)
     if judged.shape[1] != x.shape[1]:
         raise ValueError(f"`other` should have features of width {x.shape[1]} as `train` has, got {judged.shape[1]}. Use one encoder.")
+    warn_if_collapsed(x)
+    return torch.from_numpy(_classifier(strength, len(x)).fit(_array(x), y.numpy(force=True)).predict_proba(_array(judged)))
+
+
+def held_out_probabilities(rows: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, strength: float = 1e-2, seed: int = 0) -> Tensor:
+    """What probes say of rows that they were not fitted on, ``[N, C]`` in float64: :func:`class_probabilities` of a set by itself.
+
+    Five folds, or as many as the smallest class has rows; a probe fitted on the others names each.
+
+    Errors:
+        ValueError: as :func:`linear_probe`; a class of a single row.
+
+    >>> x = torch.cat([torch.randn(50, 2) - 3, torch.randn(50, 2) + 3])
+    >>> held_out_probabilities(x, torch.arange(100) // 50).argmax(1).float().mean()
+    tensor(0.5000)
+    """
+    x, y = labelled("rows", rows, labels)
+    several_classes(y)
+    smallest = int(y.unique(return_counts=True)[1].min())
+    if smallest < 2:
+        raise ValueError("`labels` should have at least two rows of every class: a probe is judged on rows that it was not fitted on.")
+    warn_if_collapsed(x)
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    folds = StratifiedKFold(min(5, smallest), shuffle=True, random_state=seed)
+    model = _classifier(strength, len(x) - len(x) // folds.n_splits)
+    return torch.from_numpy(cross_val_predict(model, _array(x), y.numpy(force=True), cv=folds, method="predict_proba"))
+
+
+def _classifier(strength: float, num_rows: int) -> Any:
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(_array(x))
-    model = LogisticRegression(C=1 / (strength * len(x)), max_iter=1000).fit(scaler.transform(_array(x)), y.numpy(force=True))
-    return torch.from_numpy(model.predict_proba(scaler.transform(_array(judged))))
+    return make_pipeline(StandardScaler(), LogisticRegression(C=1 / (strength * num_rows), max_iter=1000))
 
 
 def _array(x: Tensor) -> np.ndarray:

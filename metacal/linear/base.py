@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -118,7 +117,7 @@ class Krylov(LinearSolver):
     def __post_init__(self) -> None:
         _checks.whole("num_steps", self.num_steps)
         if self.tolerance is not None:
-            number("tolerance", self.tolerance, "leave it out for the dtype's epsilon")
+            _checks.number("tolerance", self.tolerance, "leave it out for the dtype's epsilon")
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         """Solves ``matvec(v) = b``, starting from ``x0`` (one more product) or from zero."""
@@ -274,17 +273,6 @@ def solved(A: Tensor, b: Tensor) -> Tensor:
     LU, pivots, info = torch.linalg.lu_factor_ex(wide(A))
     x = torch.linalg.lu_solve(LU, pivots, wide(b[:, None] if b.ndim == 1 else b)).reshape(b.shape)
     return torch.where(info == 0, x, torch.nan).to(b.dtype)
-
-
-def number(name: str, value: Any, remedy: str, *, positive: bool = False) -> None:
-    """Raises unless ``value`` is a number of at least 0 (``positive``: above), or a tensor, at which nobody looks."""
-    if isinstance(value, Tensor):
-        return
-    least = "positive" if positive else "at least 0"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` should be a number, {least}, got {value!r}; {remedy}.")
-    if not (float(value) > 0 if positive else float(value) >= 0):
-        raise ValueError(f"`{name}` should be {least}, got {value!r}; {remedy}.")
 
 
 def count(n: int, like: Tree) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metacal import derivatives, tree
+from metacal import _checks, derivatives, tree
 from metacal._typing import Tree
-from metacal.linear.base import Inverse, Matvec, Preconditioner, number
+from metacal.linear.base import Inverse, Matvec, Preconditioner
 
 
 def _pair(hparams: Tree, batch: Tree) -> tuple[Any, Tensor]:
@@ -55,7 +55,7 @@ class KFAC(Preconditioner):
     sharing: Literal["expand", "reduce"] = "expand"
 
     def __post_init__(self) -> None:
-        number("damping", self.damping, "Kronecker factors are singular as a rule", positive=True)
+        _checks.number("damping", self.damping, "Kronecker factors are singular as a rule", positive=True)
         for name, module in (("module", self.module), ("loss", self.loss)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"`{name}` should be an nn.Module, got {type(module).__name__}.")

@@ -15,7 +15,6 @@ from metacal.linear.base import (
     LinearSolver,
     Matvec,
     extremes,
-    number,
     ratio,
     raveled,
     rayleigh,
@@ -62,7 +61,7 @@ class Neumann(LinearSolver):
         _checks.whole("num_steps", self.num_steps, at_least=0)
         _checks.whole("power_steps", self.power_steps)
         if self.step_size is not None:
-            number("step_size", self.step_size, "take it below 2 / the largest eigenvalue, or None to estimate it", positive=True)
+            _checks.number("step_size", self.step_size, "take it below 2 / the largest eigenvalue, or None to estimate it", positive=True)
 
     def solve(self, matvec: Matvec, b: Tree, x0: Tree | None = None) -> LinearSolution:
         right, A, unravel = raveled(matvec, b)

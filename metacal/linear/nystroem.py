@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metacal import _checks, tree
 from metacal._typing import Tree
-from metacal.linear.base import Inverse, Matvec, Preconditioner, number, raveled, solved
+from metacal.linear.base import Inverse, Matvec, Preconditioner, raveled, solved
 from metacal.linear.dense import columns
 
 
@@ -52,7 +52,7 @@ class Nystroem(Preconditioner):
     def __post_init__(self) -> None:
         _checks.whole("rank", self.rank)
         if self.rho is not None:
-            number("rho", self.rho, "leave it out to have it scaled to the matrix", positive=True)
+            _checks.number("rho", self.rho, "leave it out to have it scaled to the matrix", positive=True)
         if self.chunk_size is not None:
             _checks.whole("chunk_size", self.chunk_size)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
+from metacal._safe import wide
 from metacal._typing import Tree
 
 
 def views(name: str, value: Tensor | None, *, min_samples: int = 1) -> Tensor:
-    """Returns ``value`` if it is [n, m, d] with n >= min_samples and m >= 2, else raises."""
+    """Returns ``value``, in float32 at least, if it is [n, m, d] with n >= min_samples and m >= 2, else raises."""
     if value is None:
         raise ValueError(
             f"`outputs.{name}` should be a tensor [n, m, d] for this objective, got None. Its `heads` and `ema_target` say which "
@@ -32,17 +35,17 @@ def views(name: str, value: Tensor | None, *, min_samples: int = 1) -> Tensor:
             f"`outputs.{name}` should hold n >= {min_samples} samples to compare, got n = {n} in shape {tuple(value.shape)}. Use a "
             "larger batch or fewer tasks."
         )
-    return value
+    return wide(value)
 
 
 def like(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
-    """Returns ``value`` if it has the shape of ``other``, else raises."""
+    """Returns ``value``, in float32 at least, if it has the shape of ``other``, else raises."""
     if value.shape != other.shape:
         raise ValueError(
             f"`outputs.{name}` should have the shape of `outputs.{other_name}`, {tuple(other.shape)}, got {tuple(value.shape)}. "
             "The predictor maps d entries to d entries, and the target network ends as the trained one."
         )
-    return value
+    return wide(value)
 
 
 def carried(name: str, carry: Tree, z: Tensor) -> Tensor:
@@ -67,12 +70,14 @@ def share(name: str, value: float) -> None:
         raise ValueError(f"`{name}` should be in [0, 1], got {value!r}.")
 
 
-def weight(name: str, value: float | Tensor, *, positive: bool = False) -> None:
-    """Raises ValueError unless a number is finite and >= 0 (> 0 if ``positive``).
+def weight(name: str, value: Any, *, positive: bool = False) -> None:
+    """Raises unless a number is finite and >= 0 (> 0 if ``positive``).
 
     A tensor is let through: it may be a hyperparameter under a transform, whose value cannot be looked at.
     """
     if isinstance(value, Tensor):
         return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` should be a number or a 0-dim tensor, got {value!r}.")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"`{name}` should be a finite number {'> 0' if positive else '>= 0'}, got {value!r}.")

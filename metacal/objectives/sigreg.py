@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metacal import _checks
+from metacal._safe import wide
 from metacal._typing import Tree
 from metacal.objectives._base import Outputs, SSLObjective
 from metacal.objectives._input import carried, share, views, weight
@@ -82,7 +83,7 @@ class SIGReg(SSLObjective):
     def update(self, outputs: Outputs, carry: Tree) -> Tree:
         """New directions, drawn on the CPU from torch's default generator."""
         drawn = torch.randn(self.num_directions, outputs.z.shape[-1])
-        return {"directions": (drawn / drawn.norm(dim=1, keepdim=True)).to(outputs.z)}
+        return {"directions": (drawn / drawn.norm(dim=1, keepdim=True)).to(wide(outputs.z))}
 
 
 def _epps_pulley(s: Tensor, t_max: float, knots: int) -> Tensor:

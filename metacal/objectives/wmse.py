@@ -8,7 +8,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from metacal._safe import wide
 from metacal._typing import Tree
 from metacal.objectives._base import Outputs, SSLObjective
 from metacal.objectives._cosine import cross_view_cosine
@@ -54,7 +53,6 @@ class WMSE(SSLObjective):
 
     def __call__(self, outputs: Outputs, carry: Tree = ()) -> Tensor:
         z = views("z", outputs.z, min_samples=2)
-        z = wide(z)  # no factorisation knows half precision
         n, _, d = z.shape
         if self.eps == 0 and n <= d:
             raise ValueError(
@@ -69,4 +67,4 @@ class WMSE(SSLObjective):
         L = torch.where(failed[:, None, None] == 0, L, torch.nan)
         white = torch.linalg.solve_triangular(L, centred.mT, upper=False)  # [m, d, n]
         white = white.permute(2, 0, 1)
-        return (2 - 2 * cross_view_cosine(white, white)).to(outputs.z.dtype)
+        return 2 - 2 * cross_view_cosine(white, white)

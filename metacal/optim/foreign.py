@@ -16,6 +16,7 @@ from torch import Tensor
 from metacal import tree
 from metacal._device import device_of
 from metacal._typing import Tree
+from metacal.derivatives import stand_in
 from metacal.optim.transformation import GradientTransformation, is_differentiable, moved
 
 OptimizerLike: TypeAlias = "GradientTransformation | Callable[[Tree], GradientTransformation]"
@@ -157,6 +158,11 @@ def _finding(optimizer: OptimizerLike, hparams: Tree, gradient_size: float) -> s
     first, second = _build(optimizer, hparams), _build(optimizer, hparams)
     # Not zero: a decay that is forgotten shows only then.
     state, state_from = tree.partition(first.init(params))
+    if not _equal(state, tree.partition(first.init(tree.scale(2.0, params)))[0]):
+        return (
+            "its init puts values of the params into the state, and what the initial params do through that would be left out. Begin with "
+            "zeros, and let the update at step 0 read the params it is given."
+        )
     state = [_numbers(2 + i, s.shape, device) for i, s in enumerate(state)]
 
     inputs = {"gradient": gradient, "state": state, "params": params, "hparams": tree.partition(hparams)[0]}
@@ -213,11 +219,9 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _stand_in(leaf: Any) -> Any:
-    """A leaf's value without what transforms wrap around it: under vmap, that of the first entries."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    value = _plain(leaf).flatten()[: leaf.numel()].reshape(leaf.shape)
-    return value.to(torch.float64) if value.is_floating_point() else value
+    """In float64, a leaf's value without what transforms wrap around it."""
+    value = stand_in(leaf)
+    return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _equal(a: Tree, b: Tree) -> bool:

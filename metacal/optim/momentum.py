@@ -31,7 +31,8 @@ def sgd(
 ) -> DifferentiableTransformation:
     """Stochastic gradient descent: ``u = -lr m``, ``m' = momentum m + (1 - dampening) (g + weight_decay w)``.
 
-    As in ``torch.optim.SGD`` the first step is not dampened. Nesterov's form moves along ``g + momentum m'``. Keeps one copy of
+    As in ``torch.optim.SGD`` the first step is not dampened, nor is any where the momentum is the number 0 (a tensor's value is not
+    looked at). Nesterov's form moves along ``g + momentum m'``. Keeps one copy of
     the params with momentum, nothing without. Sutskever et al., 2013.
 
     >>> import torch

@@ -91,9 +91,14 @@ def load_study(path: str | Path) -> Study:
     for name, kind in (("seeds", list), ("references", list), ("notes", list), ("grid", dict), ("settings", dict)):
         if not isinstance(given.get(name, kind()), kind):
             raise ValueError(f"{path}: `{name}` should be a {kind.__name__}, got {given[name]!r}.")
+    if not isinstance(given.get("together", False), bool):
+        raise ValueError(f"{path}: `together` should be true or false, got {given['together']!r}.")
     for axis, names in given["grid"].items():
         if not isinstance(names, dict) or not all(isinstance(settings, dict | None) for settings in names.values()):
             raise ValueError(f"{path}: `grid` should hold {{axis: {{name: settings}}}}; on the axis '{axis}' there is {names!r}.")
+    places = [given.get("settings", {}), *(settings or {} for names in given["grid"].values() for settings in names.values())]
+    if any("seed" in settings for settings in places):
+        raise ValueError(f"{path}: `seed` should stand in no settings: every place of the grid runs with each of `seeds`.")
     grid = {axis: {str(name): settings or {} for name, settings in names.items()} for axis, names in given["grid"].items()}
     lists = {name: tuple(given[name]) for name in ("seeds", "references", "notes") if name in given}
     try:

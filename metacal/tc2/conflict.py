@@ -146,18 +146,19 @@ def monitors(Z: Tensor, V: Tensor, w: Tensor) -> dict[str, Tensor]:
     """How good factors V [d, n_f] and weights w [..., n_f] are on Z [..., d]: 0-dim tensors to log, detached.
 
     - ``orthogonality_error``: ||V^T V - I||_F;
-    - ``reconstruction_error``: ||Z - Z V V^T||_F / ||Z||_F, what the factors cannot express;
-    - ``calibration_error``: ||Z - w V^T||_F / ||Z||_F, what calibration drops;
+    - ``reconstruction_error``: ||Z - Z V V^T||_F / ||Z||_F, what the factors cannot express, 0 for a batch of zeros;
+    - ``calibration_error``: ||Z - w V^T||_F / ||Z||_F, what calibration drops, likewise;
     - ``hoyer_sparsity`` and ``near_zero_share`` of w.
 
     >>> monitors(torch.ones(2, 4), torch.eye(4), torch.ones(2, 4))["hoyer_sparsity"]
     tensor(0.)
     """
     Z, V, w = Z.detach(), V.detach(), w.detach()
+    size = nonzero(Z.norm())
     return {
         "orthogonality_error": gram_error(V).norm(),
-        "reconstruction_error": (Z - Z @ V @ V.mT).norm() / Z.norm(),
-        "calibration_error": (Z - w @ V.mT).norm() / Z.norm(),
+        "reconstruction_error": (Z - Z @ V @ V.mT).norm() / size,
+        "calibration_error": (Z - w @ V.mT).norm() / size,
         "hoyer_sparsity": hoyer_sparsity(w),
         "near_zero_share": near_zero_share(w),
     }

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from metacal import _checks
 from metacal._safe import root
 
 Term = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -101,6 +102,7 @@ def literal(lambda_s: float = 0.1) -> CalibrationLoss:
     >>> {name: round(value.item(), 6) for name, value in values.items()}
     {'orthogonality': 0.0, 'reconstruction': 0.0, 'weight_reconstruction': 0.0, 'sparsity': 3.0}
     """
+    _checks.number("lambda_s", lambda_s, "it weighs the terms per sample")
     return CalibrationLoss(
         {
             "orthogonality": lambda Z, V, w: safe_norm(gram_error(V), dim=(-2, -1)),
@@ -122,11 +124,16 @@ def stable(lambda_s: float = 0.1, lambda_1: float = 0.1) -> CalibrationLoss:
         lambda_s: weight of both per-sample terms.
         lambda_1: sparsity's weight against per-sample reconstruction.
 
+    Errors:
+        TypeError, ValueError: a weight is no number, or negative.
+
     >>> Z, V = torch.ones(4, 4), torch.eye(4, 2)
     >>> total, values = stable()(Z, V, Z @ V)
     >>> {name: round(value.item(), 6) for name, value in values.items()}
     {'orthogonality': 0.0, 'reconstruction': 0.5, 'weight_reconstruction': 0.5, 'sparsity': 1.0}
     """
+    _checks.number("lambda_s", lambda_s, "it weighs the terms per sample")
+    _checks.number("lambda_1", lambda_1, "it weighs sparsity")
     return CalibrationLoss(
         {
             "orthogonality": lambda Z, V, w: gram_error(V).square().sum() / V.shape[-1],

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metacal import derivatives, optim, tree
+from metacal import _random, derivatives, optim, tree
 from metacal._typing import Tree
 from metacal.objectives import ema
 from metacal.optim import GradientTransformation
@@ -102,7 +102,9 @@ def project_conflicts(problem: Problem, optimizer: GradientTransformation, surge
             losses.append(loss)
             gradients.append(gradient)
         state = state._replace(carry=now.next_carry(state.theta, {}, nothing, batch))
-        theta, theta_opt = optim.moved(optimizer, surgery(gradients), state.theta_opt, state.theta)
+        with _random.apart():  # an order that is drawn is no draw of the views that follow: methods differ in surgery alone
+            combined = surgery(gradients)
+        theta, theta_opt = optim.moved(optimizer, combined, state.theta_opt, state.theta)
         return ended(problem, state._replace(theta=theta, theta_opt=theta_opt)), {"loss": torch.stack(losses).mean()}
 
     return Method(lambda: initial(problem, optimizer), step)

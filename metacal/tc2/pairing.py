@@ -48,12 +48,17 @@ def all_tasks(K: int) -> Tensor:
 def cyclic(K: int, shift: int = 1) -> Tensor:
     """Task k + shift (modulo K) judges task k: another task, for K query passes instead of ``cross``'s K (K - 1).
 
+    Errors:
+        ValueError: a shift by a multiple of K, as every one is with K = 1, is no other task.
+
     >>> cyclic(3)
     tensor([[0., 1., 0.],
             [0., 0., 1.],
             [1., 0., 0.]])
     """
-    return torch.eye(_num_tasks(K)).roll(shift, dims=1)
+    if shift % _num_tasks(K) == 0:
+        raise ValueError(f"`shift` should lead to another task, got {shift} with K = {K} tasks. Use `own` where each judges itself.")
+    return torch.eye(K).roll(shift, dims=1)
 
 
 _NAMED = {"own": own, "cross": cross, "all": all_tasks, "cyclic": cyclic}
@@ -72,6 +77,8 @@ def pairing_matrix(which: str | Tensor, K: int) -> Tensor:
         if which not in _NAMED:
             raise ValueError(f"`pairing` should be one of {sorted(_NAMED)} or a [K, K] matrix, got {which!r}.")
         return _NAMED[which](K)
+    if not isinstance(which, Tensor):
+        raise TypeError(f"`pairing` should be a name or a [K, K] tensor, got {type(which).__name__}. Convert it with torch.tensor.")
     if which.shape != (K, K):
         raise ValueError(f"`pairing` should be a [K, K] matrix with K = {K} tasks, got shape {tuple(which.shape)}.")
     if not which.is_floating_point():

@@ -123,6 +123,10 @@ class Problem:
     target: Tree = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.objective, SSLObjective):
+            raise TypeError(f"`objective` should be one of metacal.objectives, or an SSLObjective of your own, got {self.objective!r}.")
+        if not isinstance(self.calibrator, Calibrator):
+            raise TypeError(f"`calibrator` should be a tc2.Calibrator such as tc2.Networks(n_f=32), got {self.calibrator!r}.")
         _checks.one_of("where", self.where, Where)
         _checks.one_of("split_by", self.split_by, SplitBy)
         _checks.one_of("deal", self.deal, Deal)

@@ -45,7 +45,7 @@ from metacal.tc2.problem import Problem, Views, per_task
 class Stage:
     """The inner run of a stage: ``steps`` of SGD at ``lr``, differentiated by ``adjoint``.
 
-    With one or two steps ``Unrolled(mode="graph")`` is the fastest exact adjoint; under ``tasks="vmap"`` use ``Unrolled()``.
+    With one or two steps ``Unrolled(mode="graph")`` is the fastest exact adjoint.
 
     ``strength`` ties the inner solution to where it starts, + strength/2 |w - w_0|^2 (iMAML): what an implicit adjoint needs
     where the initial params are the variable (both stages of reading ``paper``). Take it larger than the loss's negative
@@ -59,12 +59,18 @@ class Stage:
 
     def __post_init__(self) -> None:
         _checks.whole("steps", self.steps, 0)
-        if self.lr < 0 or (self.strength is not None and self.strength < 0):
-            raise ValueError(f"`lr` and `strength` should not be negative, got {self.lr} and {self.strength}.")
+        _checks.number("lr", self.lr, "it is the rate of the stage's SGD")
+        if self.strength is not None:
+            _checks.number("strength", self.strength, "it ties the solution to where it starts; None leaves it free")
 
     def meta(self, outer: Objective, inner: Objective, optimizer: GradientTransformation, tasks: Tasks) -> BilevelOptimizer:
         """The stage as the meta-learning of an initialisation."""
         return meta_initialisation(outer, self.solver(inner), self.adjoint, optimizer, tasks=tasks)
+
+    def mappable(self) -> Stage:
+        """The same by an adjoint that vmap can map: mode "graph" gives way to "mixed", of the same numbers at another cost."""
+        graph = isinstance(self.adjoint, Unrolled) and self.adjoint.mode == "graph"
+        return replace(self, adjoint=replace(self.adjoint, mode="mixed")) if graph else self  # type: ignore[type-var]
 
     def solver(self, inner: Objective) -> InnerSolver:
         """The inner solver of an objective."""
@@ -103,7 +109,8 @@ def paper(
         calibrator_stage, encoder_stage: the inner runs (a1, J1) and (a2, J2).
         pairing: whose query losses judge theta'_k: a name or a row-stochastic [K, K] matrix.
         warmup: iterations at the start without calibration [O].
-        tasks: run the tasks of both stages in a loop or under vmap, which dispatches fewer and larger operations; measure which is faster.
+        tasks: run the tasks of both stages in a loop or under vmap (``Stage.mappable``), which dispatches fewer and larger operations;
+            measure which is faster.
 
     Cost, in N images (one view of the batch) that pass forward through the encoder, with m views and a graph or first-order adjoint:
     m for V (none without a calibrator), J2 m / 2 for the inner runs, and m / 2 times the number of tasks that judge each; replay
@@ -115,6 +122,8 @@ def paper(
     """
     if tasks not in ("loop", "vmap"):
         raise ValueError(f"`tasks` should be 'loop' or 'vmap', got {tasks!r}: an iteration is not the place to measure which is faster.")
+    _check_stages(warmup, calibrator_stage=calibrator_stage, encoder_stage=encoder_stage)
+    encoder_stage = encoder_stage.mappable() if tasks == "vmap" else encoder_stage
     calibration = stable() if calibration is None else calibration
     _check_factors(problem, calibration)
     judges, weights = judged(pairing_matrix(pairing, problem.num_tasks))
@@ -196,6 +205,7 @@ def lookahead(
     Errors:
         ValueError: ``encoder_stage`` has a ``strength``; n_f > d.
     """
+    _check_stages(warmup, encoder_stage=encoder_stage)
     calibration = stable() if calibration is None else calibration
     _check_factors(problem, calibration)
     if encoder_stage.strength is not None:
@@ -236,6 +246,13 @@ def lookahead(
         return state._replace(phi=after.hparams, phi_opt=after.opt_state), {"calibration_loss": hg.value, **_logged(hg.stats)}
 
     return Method(init, step)
+
+
+def _check_stages(warmup: int, **stages: Stage) -> None:
+    _checks.whole("warmup", warmup, 0)
+    for name, stage in stages.items():
+        if not isinstance(stage, Stage):
+            raise TypeError(f"`{name}` should be a tc2.Stage, got {stage!r}. For a rate alone: tc2.Stage(lr=0.05).")
 
 
 def _check_factors(problem: Problem, calibration: CalibrationLoss) -> None:
