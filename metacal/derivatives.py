@@ -291,6 +291,14 @@ def _fused_attention() -> bool:
     return cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
 
 
+def leaves_of(value: Tree, besides: Tree = ()) -> list[Tensor]:
+    """The tensors that a tree's graph begins at, as those on which ``backward`` would leave a gradient."""
+    own = {id(x) for x in _tensors(besides)}
+    found = [x for x in _tensors(value) if x.requires_grad and x.is_leaf]
+    found += [node.variable for node in graph_nodes(value) if hasattr(node, "variable")]
+    return [x for x in found if id(x) not in own]
+
+
 def graph_nodes(value: Tree) -> Iterator[Node]:
     """Every node of the autograd graph that a tree hangs on, once."""
     seen: set[Node] = set()

@@ -91,6 +91,7 @@ def differentiate(
     if not isinstance(state, InnerState):
         raise TypeError(f"`state` should be an InnerState, got {type(state).__name__}. Make one with solver.init(params, hparams).")
     _check(state.params, hparams, inner_batches)
+    given = state.params, hparams
     if not derivatives.transforming():
         constant("outer_batch", outer_batch)
         state, hparams = tree.detach((state, hparams))
@@ -103,6 +104,7 @@ def differentiate(
     value, aux, (d_params, direct) = derivatives.value_and_grad(
         lambda w, h: value_and_aux(outer, w, h, outer_batch, carry), final.params, hparams, name="outer"
     )
+    _refuse_partial_gradients(solver, *given)
     with _ambient.again(ambient):  # the outer objective may have put a module into another mode
         cotangents = pullback(d_params)
     stats = cotangents.stats | {"direct_share": share(direct, cotangents.hparams)}
@@ -158,6 +160,20 @@ def _refuse_learned_constants(solver: InnerSolver, state: InnerState, hparams: T
             "detach it."
         )
     parts.objective.seen.has_constant_settings = True
+
+
+def _refuse_partial_gradients(solver: InnerSolver, params: Tree, hparams: Tree) -> None:
+    """Raises ValueError if the objective closes over something computed from what its params or hparams are computed from."""
+    closed_over = [] if solver.descent is None else solver.descent.objective.seen.closed_over
+    if not closed_over:
+        return
+    origins = {id(x) for x in derivatives.leaves_of((params, hparams))}
+    if any(id(x) in origins for x in closed_over):
+        raise ValueError(
+            "`objective` reads a tensor that was computed from the same one as its params or hparams, but did not come in through them: "
+            "it is a constant of the run, and the gradient would be a part of itself. Compute it inside the objective or pass it through "
+            "`hparams`; to keep it fixed, detach it."
+        )
 
 
 def _refuse_traced_closures(solver: InnerSolver, state: InnerState, hparams: Tree, batches: Sequence[Tree]) -> None:
@@ -257,7 +273,9 @@ def solve(
     _refuse_traced_closures(solver, solver.init(params, hparams), hparams, batches)
     flat, combine = tree.partition((params, hparams, batches), tree.is_tensor)
     problem = _Problem(solver, adjoint, combine, len(tree.leaves(params)), len(tree.leaves(hparams)), stats)
-    return tree.unflatten(tree.structure(params), list(_Solve.apply(problem, *flat)))
+    found = tree.unflatten(tree.structure(params), list(_Solve.apply(problem, *flat)))
+    _refuse_partial_gradients(solver, params, hparams)
+    return found
 
 
 class _Solve(Function):

@@ -25,6 +25,7 @@ from metacal.derivatives import (
     differentiable_attention,
     graph_nodes,
     in_dtype_of,
+    leaves_of,
     pullbacks,
     released,
     seen_through,
@@ -36,7 +37,8 @@ from metacal.derivatives import (
 
 @dataclass
 class _Seen:
-    """What was seen of one solver: of its objective's operations, and whether its optimizer's settings are constants.
+    """What was seen of one solver: of its objective's operations, whether its optimizer's settings are constants, and the tensors
+    that require grad beside its arguments.
 
     Never of another's, however alike their code is: what they close over may differ.
     """
@@ -47,6 +49,7 @@ class _Seen:
     leaves_arguments_alone: bool = False
     has_constant_settings: bool = False
     has_constant_closures: bool = False
+    closed_over: list[Tensor] = field(default_factory=list)
     draws_nothing: bool = False
 
 
@@ -303,13 +306,20 @@ def _gradient(loss: Loss, w: Tree, h: Tree, piece: Tree, carry: Tree) -> tuple[T
     compiling = torch.compiler.is_compiling()
     look = not (compiling or loss.seen.leaves_arguments_alone)  # once: what objectives do, and below the graph
     before = _random.noise(w) if look else None
+
+    def objective(alias: Tree) -> tuple[Tensor, Tree]:
+        found = loss.fn(alias, h, piece, carry)
+        if look and not attached(w, h):  # else their own graph is not told from one that is closed over
+            loss.seen.closed_over = leaves_of(found[0], besides=alias)
+        return found
+
     with (
         _Stops() if transforming() and not compiling else nullcontext(),
         _checks.left_alone(params=w, hparams=h, batch=piece) if look else nullcontext(),
         # On CUDA fused attention drops out other entries than the kernels of the step that is taken again.
         nullcontext() if loss.seen.draws_nothing else differentiable_attention(),
     ):
-        _, moved, (g,) = value_and_grad(lambda w: loss.fn(w, h, piece, carry), w, constants=h)
+        _, moved, (g,) = value_and_grad(objective, w, constants=h)
     if before is not None:
         loss.seen.leaves_arguments_alone = True
         loss.seen.draws_nothing = _random.same_or(before, _random.noise(w)) is before

@@ -294,6 +294,40 @@ def test_a_derivative_that_a_closure_would_lose_is_refused(what: str, adjoint: A
     assert torch.func.grad(lambda x: f(x.detach()) + x)(x) == 1  # a constant, and says so
 
 
+@pytest.mark.parametrize("what", ["hparams", "params"])
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("adjoint", [Unrolled(), Unrolled("reverse"), Implicit(linear.CG(2))], ids=["mixed", "reverse", "implicit"])
+def test_a_closure_over_what_the_arguments_come_from_is_refused(what: str, leaf: bool, adjoint: Any) -> None:
+    origin = f64(1.0, 2.0).requires_grad_()
+    given = origin if leaf else 2 * origin
+    other, features = f64(0.5, -1.0), given**2
+    w, h = (given, other) if what == "params" else (other, given)
+    of = lambda features: metacal.descent(lambda w, h, b: ((w - h * features) ** 2).sum(), optim.sgd(0.1))  # noqa: E731
+    with pytest.raises(ValueError, match=r"computed from the same one as its params or hparams.*detach it"):
+        metacal.solve(of(features), w, h, [None] * 3, adjoint)
+    solver = of(features)
+    with pytest.raises(ValueError, match="a part of itself"):
+        metacal.hypergradient(lambda w, h, b: w.sum(), solver, adjoint)(solver.init(w, h), h, [None] * 3, None)
+
+    teacher = f64(3.0, 3.0).requires_grad_()  # as the parameters of a network that nobody froze
+    for fixed in (features.detach(), teacher):
+        w, h = (x.detach().requires_grad_() for x in (w, h))
+        metacal.solve(of(fixed), w, h, [None] * 3, adjoint).sum().backward()
+    assert teacher.grad is None
+
+
+def test_one_graph_sees_through_closures() -> None:
+    h = f64(1.0, 2.0).requires_grad_()
+
+    def trained(h: Tensor) -> Tensor:
+        features = h**2
+        solver = metacal.descent(lambda w, h, b: ((w - h * features) ** 2).sum(), optim.sgd(0.1))
+        return (metacal.solve(solver, f64(0.0, 0.0), h, [None] * 3, Unrolled("graph")) ** 2).sum()
+
+    (g,) = torch.autograd.grad(trained(h), h)
+    close(g, 6 * (1 - 0.8**3) ** 2 * h.detach() ** 5, 1e-12)  # w = (1 - 0.8^3) h^3
+
+
 # The damping of a linear system
 
 
