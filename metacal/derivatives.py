@@ -162,6 +162,12 @@ def seen_through(transform: Callable[..., Any], *args: Any) -> Any:
                 "jvp ...; also Forward and compiled steps). Use an adjoint of plain autograd outside of any transform, such as Unrolled(), "
                 "or leave out the checkpoint."
             ) from error
+        if "not differentiable wrt running_mean" in str(error):
+            raise RuntimeError(
+                "A BatchNorm in evaluation mode reads running statistics that came in as `carry`, which torch cannot take a forward-mode "
+                "derivative of inside a torch.func transform (vmap, grad, jvp ...; also Forward). Leave `carry` out there, for then "
+                "apply(params, x) reads the module's own statistics, or leave out the transform (a loop over tasks)."
+            ) from error
         if "it must override the setup_context" not in str(error):
             raise
         raise RuntimeError(

@@ -344,6 +344,27 @@ def test_an_outer_objective_in_evaluation_mode_reads_the_statistics_that_the_run
         assert report.verdict == "right"
 
 
+def test_evaluation_mode_with_its_statistics_as_carry_says_what_to_do_under_vmap() -> None:
+    f = metacal.functional(normalised().eval())
+    x, y = torch.randn(2, 5, 3), torch.randint(0, 2, (2, 5))
+
+    def inner(p: Any, h: Any, b: Any, carry: Any) -> tuple[Tensor, Any]:
+        out, carry = f.apply(p, b[0], carry=carry)
+        return nn.functional.cross_entropy(out, b[1]), carry
+
+    def plain(p: Any, h: Any, b: Any) -> Tensor:
+        return nn.functional.cross_entropy(f.apply(p, b[0]), b[1])
+
+    def step(solver: Any, tasks: Any) -> Any:
+        maml = metacal.meta_initialisation(plain, solver, adjoints.Unrolled(), optim.sgd(0.1), tasks=tasks)
+        return maml.step(maml.init(f.params, {}), metacal.repeat((x, y), 2), (x, y))[1]
+
+    carried, alone = metacal.descent(inner, optim.sgd(0.1), carry=f.buffers), metacal.descent(plain, optim.sgd(0.1))
+    with pytest.raises(RuntimeError, match=r"BatchNorm in evaluation mode .* as `carry`.*Leave `carry` out"):
+        step(carried, "vmap")
+    close(step(carried, "loop").params, step(alone, "vmap").params, 1e-12)
+
+
 def test_with_carry_goes_inside_of_with_aux() -> None:
     with pytest.raises(TypeError, match=r"with_aux\(with_carry\(outer\)\)"):
         metacal.with_carry(metacal.with_aux(lambda w, h, b, c: (w.sum(), {})))
