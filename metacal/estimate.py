@@ -96,7 +96,7 @@ def differentiate(
         constant("outer_batch", outer_batch)
         state, hparams = tree.detach((state, hparams))
     _refuse_learned_constants(solver, state, hparams)
-    if not adjoint.derives_steps:
+    if derivatives.transforming() and not adjoint.derives_steps:
         _refuse_traced_closures(solver, state, hparams, inner_batches)
     ambient = _ambient.present(state.params)
     final, pullback = adjoint.vjp(solver, state, hparams, inner_batches, memory=memory)
@@ -182,7 +182,7 @@ def _refuse_traced_closures(solver: InnerSolver, state: InnerState, hparams: Tre
     An autograd Function runs below that level, where what is closed over has become a constant.
     """
     seen = None if solver.descent is None else solver.descent.objective.seen
-    if torch.compiler.is_compiling() or not derivatives.transforming() or (seen and seen.has_constant_closures) or not len(batches):
+    if torch.compiler.is_compiling() or (seen and seen.has_constant_closures) or not len(batches):
         return
     plain, h = tree.map(derivatives.stand_in, (state, hparams))
     try:
@@ -270,7 +270,8 @@ def solve(
             )
         return run(solver, solver.init(params, hparams), hparams, batches).params
     batches = listed(batches)
-    _refuse_traced_closures(solver, solver.init(params, hparams), hparams, batches)
+    if derivatives.transforming():
+        _refuse_traced_closures(solver, solver.init(params, hparams), hparams, batches)
     flat, combine = tree.partition((params, hparams, batches), tree.is_tensor)
     problem = _Problem(solver, adjoint, combine, len(tree.leaves(params)), len(tree.leaves(hparams)), stats)
     found = tree.unflatten(tree.structure(params), list(_Solve.apply(problem, *flat)))
