@@ -57,13 +57,6 @@ def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
 
 
-def stand_in(leaf: Any) -> Any:
-    """A leaf's value without what transforms wrap around it: under vmap, that of the first entries."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return torch.func.debug_unwrap(leaf).detach().flatten()[: leaf.numel()].reshape(leaf.shape)
-
-
 def is_tracked(x: Any) -> bool:
     """Whether a ``torch.func`` level, at whatever depth, differentiates by something that x was computed from."""
     functorch = torch._C._functorch

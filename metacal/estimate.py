@@ -184,10 +184,10 @@ def _refuse_traced_closures(solver: InnerSolver, state: InnerState, hparams: Tre
     seen = None if solver.descent is None else solver.descent.objective.seen
     if torch.compiler.is_compiling() or (seen and seen.has_constant_closures) or not len(batches):
         return
-    plain, h = tree.map(derivatives.stand_in, (state, hparams))
+    plain, h = tree.map(tree.stand_in, (state, hparams))
     try:
         with _random.preserved(state.params):
-            batch = tree.map(derivatives.stand_in, batches[0])
+            batch = tree.map(tree.stand_in, batches[0])
             after = solver.step(plain, h, batch)
             of_residual = solver.residual(plain.params, h, batch) if solver.taken_apart is None else ()
     except Exception:  # what fails here fails in the run too, in words of its own

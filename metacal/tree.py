@@ -234,3 +234,10 @@ def load_state_dict(like: Tree, state: Mapping[str, Tensor]) -> Tree:
             )
     values = [state[path].to(device=leaf.device, dtype=leaf.dtype) for path, leaf in wanted.items()]
     return unflatten(structure(like), values)
+
+
+def stand_in(leaf: Any) -> Any:
+    """A leaf's value without what transforms wrap around it: under vmap, that of the first entries."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.func.debug_unwrap(leaf).detach().flatten()[: leaf.numel()].reshape(leaf.shape)

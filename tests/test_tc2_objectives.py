@@ -508,7 +508,7 @@ def test_a_field_of_a_problem_is_looked_at_where_it_is_stored(field: str, value:
 
 
 def test_stages_and_sizes_are_looked_at_too() -> None:
-    with pytest.raises(ValueError, match="`lr` and `strength` should not be negative"):
+    with pytest.raises(ValueError, match=r"`strength` should be at least 0, got -1\.0"):
         tc2.Stage(0.1, strength=-1.0)
     with pytest.raises(ValueError, match="`steps` should be an integer"):
         tc2.Stage(0.1, steps=1.5)

@@ -16,7 +16,6 @@ from torch import Tensor
 from metacal import tree
 from metacal._device import device_of
 from metacal._typing import Tree
-from metacal.derivatives import stand_in
 from metacal.optim.transformation import GradientTransformation, is_differentiable, moved
 
 OptimizerLike: TypeAlias = "GradientTransformation | Callable[[Tree], GradientTransformation]"
@@ -220,7 +219,7 @@ def _plain(x: Tensor) -> Tensor:
 
 def _stand_in(leaf: Any) -> Any:
     """In float64, a leaf's value without what transforms wrap around it."""
-    value = stand_in(leaf)
+    value = tree.stand_in(leaf)
     return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
