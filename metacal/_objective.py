@@ -103,6 +103,10 @@ def as_loss(objective: Any, with_carry: bool) -> operators.Loss:
             raise ValueError("`objective` with `carry` should return (loss, carry), not logs: log from the outer objective.")
         return operators.Loss(_with_carry(objective))
     if isinstance(objective, WithAux):
+        if isinstance(objective.objective, WithCarry):
+            raise TypeError(
+                "`objective` is marked by with_carry, which is for outer objectives. An inner one gets its carry from descent(carry=...)."
+            )
         return operators.Loss(lambda w, h, b, c: (objective(w, h, b)[0], c))
     return operators.Loss(lambda w, h, b, c: (objective(w, h, b), c))
 

@@ -1093,6 +1093,21 @@ def test_an_evolution_strategy_needs_hparams_and_a_sequence() -> None:
         optimizer.step(optimizer.init(p.params, p.hparams), iter(p.steps(2)), p.outer_batch)
 
 
+@pytest.mark.parametrize("method", [evolution.es, evolution.pes])
+def test_particles_are_judged_with_their_own_carry(method: Any) -> None:
+    """A carry that counts to two steps, and an outer objective that multiplies by it: twice the value and the gradient without."""
+    p = PROBLEMS["ridge_scalar"]
+    sgd = optim.sgd(0.05)
+    counting = metacal.descent(lambda w, h, b, c: (p.inner(w, h, b), c + 1), sgd, carry=torch.tensor(0))
+    reading = metacal.with_carry(lambda w, h, b, c: c * p.outer(w, h, b))
+    found = []
+    for outer, solver in ((p.outer, metacal.descent(p.inner, sgd)), (reading, counting)):
+        optimizer = method(outer, solver, optim.sgd(0.1), 4, 0.1)
+        torch.manual_seed(0)
+        found.append(optimizer.step(optimizer.init(p.params, p.hparams), p.steps(2), p.outer_batch)[1])
+    close((found[1].value, found[1].hparams), tree.scale(2.0, (found[0].value, found[0].hparams)), 1e-12)
+
+
 # What it costs
 
 

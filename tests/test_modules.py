@@ -368,6 +368,9 @@ def test_evaluation_mode_with_its_statistics_as_carry_says_what_to_do_under_vmap
 def test_with_carry_goes_inside_of_with_aux() -> None:
     with pytest.raises(TypeError, match=r"with_aux\(with_carry\(outer\)\)"):
         metacal.with_carry(metacal.with_aux(lambda w, h, b, c: (w.sum(), {})))
+    inner = metacal.with_aux(metacal.with_carry(lambda w, h, b, c: (w.sum(), {})))
+    with pytest.raises(TypeError, match="marked by with_carry, which is for outer objectives"):
+        metacal.descent(inner, optim.sgd(0.1))
 
 
 def optim_loop(net: nn.Module, batches: list[Any]) -> dict[str, Tensor]:

@@ -48,3 +48,12 @@ def test_a_norm_is_that_of_torch_elsewhere(norm: Callable[[Tensor], Tensor]) -> 
     x = torch.tensor([3.0, -1.0, 0.0], dtype=F64)
     for derivative in (lambda f: f, grad, hessian):
         torch.testing.assert_close(derivative(norm)(x), derivative(torch.linalg.vector_norm)(x), rtol=1e-14, atol=1e-16)
+
+
+@pytest.mark.parametrize("scale", [320.0, 1.0, 1e-3, 0.0])
+def test_a_unit_vector_in_half_precision_is_that_of_its_numbers(scale: float) -> None:
+    x = (scale * torch.tensor([3.0, -4.0])).to(torch.float16)
+    y = _safe.unit(x)
+    assert y.dtype == torch.float16
+    expected = torch.tensor([0.6, -0.8]) if scale else torch.zeros(2)
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=1e-3)

@@ -360,11 +360,15 @@ def test_the_derivative_by_the_damping(solver: Any) -> None:
 # A solve inside of an inner objective, beneath a level of torch.func that has ended
 
 
-def test_a_solve_below_whatever_pulls_back_by_torch_func() -> None:
+@pytest.mark.parametrize(
+    ("below", "steps", "c"), [(Unrolled(), 3, 1 - 0.4**3), (Implicit(linear.CG(2)), 40, 1.0)], ids=["steps", "solution"]
+)
+def test_a_solve_below_whatever_pulls_back_by_torch_func(below: Any, steps: int, c: float) -> None:
+    """The solve below ends at v = c w h, so that the middle's minimiser is that of 2 (c w h - h)^2 + w^2."""
     low = metacal.descent(lambda v, q, b: ((v - q["w"] * q["h"]) ** 2).sum(), optim.sgd(0.3))
 
     def middle(w: Tensor, h: Tensor, b: None) -> Tensor:
-        lower = metacal.solve(low, torch.zeros(2, dtype=F64), {"w": w, "h": h}, [None] * 3)
+        lower = metacal.solve(low, torch.zeros(2, dtype=F64), {"w": w, "h": h}, [None] * steps, below)
         return ((lower - h) ** 2).sum() + w**2
 
     plain = metacal.descent(middle, optim.sgd(0.35))
@@ -375,7 +379,6 @@ def test_a_solve_below_whatever_pulls_back_by_torch_func() -> None:
         return lambda h: estimate(solver.init(f64(0.3).reshape(()), h), h, [None] * 30, None).hparams
 
     h = f64(0.5).reshape(())
-    c = 1 - 0.4**3  # what three steps make of the way: v = c w h, so that w is the minimiser of 2 (c w h - h)^2 + w^2
     w = lambda h: 2 * c * h**2 / (2 * c**2 * h**2 + 1)  # noqa: E731
     truth = torch.func.grad(lambda h: w(h) ** 3 + h**2)(h)
     GMRES, reverse = linear.GMRES(3), Unrolled(mode="reverse")

@@ -109,7 +109,7 @@ class Implicit(Adjoint):
                 "curvature_min": curvature[0],
                 "curvature_max": curvature[1],
             }
-            differentiated = keep_graph or derivatives.attached(ct, self.damping)
+            differentiated = keep_graph or derivatives.attached(ct)
             d_hparams, v, stats = derivatives.released((d_hparams, v, stats), differentiated)
             if not differentiated:
                 self._warn(stats, ct, system, theta)

@@ -47,8 +47,8 @@ def probe(optimizer: OptimizerLike, hparams: Tree = ()) -> None:
     """Raises ValueError unless the optimizer's ``update(..., inplace=False)`` is a pure function with the right derivative.
 
     On a handful of float64 numbers, with a non-zero state, small and large gradients: equal input gives equal output, also from
-    an optimizer built anew; the input is left alone; the ``torch.func.vjp`` by gradient, state, params and (for a factory)
-    hparams equals central differences. No random numbers are drawn. Cost: some tens of updates.
+    an optimizer built anew; the input is left alone; the first state holds no values of the params; the ``torch.func.vjp`` by
+    gradient, state, params and (for a factory) hparams equals central differences. No random numbers are drawn. Cost: some tens of updates.
 
     Not seen: an error at other values than the probe's (a threshold, a late step of a schedule), and inexact arithmetic
     (torchopt corrects Adam's bias in float32).
